@@ -1,0 +1,46 @@
+"""Build the package; all its metadata comes from settings.ini."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+root = Path(__file__).parent
+ini = ConfigParser(delimiters=["="])
+ini.read(root / "settings.ini", encoding="utf-8")
+cfg = ini["DEFAULT"]
+
+lab = cfg["lab_requirements"].split()
+dev = cfg["dev_requirements"].split()
+package = cfg["lib_path"]
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    url=cfg["git_url"],
+    license={"apache2": "Apache-2.0"}[cfg["license"]],
+    keywords=cfg["keywords"].split(),
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Framework :: Jupyter",
+        f"Intended Audience :: {cfg['audience']}",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    packages=[package],
+    package_data={package: ["py.typed"]},
+    zip_safe=False,
+    python_requires=f">={cfg['min_python']}",
+    install_requires=cfg["requirements"].split(),
+    extras_require={"lab": lab, "dev": dev + lab},
+    # The second group tells nbdev where the index of our names is, so that documentation can link to them.
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{package}={package}._modidx:d"],
+    },
+)
