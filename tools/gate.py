@@ -200,7 +200,9 @@ def package(gate: Gate) -> None:
     """The wheel, built from the source archive, works in another environment and outside the checkout."""
     with tempfile.TemporaryDirectory(dir=gate.folder) as folder:
         outside = Path(folder)
-        gate.run(gate.tool("python"), "-m", "build", "--outdir", outside, quiet=True)
+        # A copy: an egg-info folder from the editable install lists files that a stranger's build would not find.
+        gate.run("git", "checkout-index", "--all", f"--prefix={outside}/source/")
+        gate.run(gate.tool("python"), "-m", "build", "--outdir", outside, outside / "source", quiet=True)
         (wheel,) = outside.glob("*.whl")
         if f"{PACKAGE}/py.typed" not in zipfile.ZipFile(wheel).namelist(): raise Failed(f"{wheel.name} has no {PACKAGE}/py.typed")
 

@@ -19,7 +19,7 @@ def log_normal(x: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
     log_std = std.log() if isinstance(std, Tensor) else math.log(std)
     return -0.5 * ((x - mean) / std) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
 
-# %% ../nbs/derivation/02_densities.ipynb #e4d3fd8b
+# %% ../nbs/derivation/02_densities.ipynb #8484a79b
 class DiagonalNormal(Independent):
     """A normal with independent coordinates: event shape (d,), batch shape the rest.
 
@@ -31,6 +31,10 @@ class DiagonalNormal(Independent):
 
     @property
     def stddev(self) -> Tensor: return self.base_dist.scale
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "DiagonalNormal":
+        shape = (*batch_shape, *self.event_shape)
+        return DiagonalNormal(self.base_dist.loc.expand(shape), self.base_dist.scale.expand(shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
         "(..., d) → (...) nats."
