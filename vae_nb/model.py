@@ -49,12 +49,12 @@ class VAE(nn.Module):
         "Images (n, *shape) → the mean image at the mean of q(z|x). For looking at: the ELBO averages over samples of q instead."
         return self.decode(self.encode(x))
 
-# %% ../nbs/library/24_model.ipynb #b428f793
+# %% ../nbs/library/24_model.ipynb #76ca45c9
 def _positive(name: str, value: int) -> int:
     if not isinstance(value, int) or value < 1: raise ValueError(f"{name} is a whole number, at least 1: got {value!r}")
     return value
 
-def build_vae(shape: Sequence[int], latent_dim: int = 2, likelihood: str = "bernoulli", hidden: Sequence[int] = (256, 256),
+def build_vae(shape: Sequence[int], latent_dim: int = 2, likelihood: str = "bernoulli", hidden: Sequence[int] = (256, 256, 256),
               total: int | None = None, mean: Tensor | None = None) -> VAE:
     """A VAE with MLPs on both sides, a diagonal Gaussian posterior and a standard normal prior.
 

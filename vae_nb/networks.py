@@ -10,13 +10,13 @@ import math
 from typing import Sequence
 from torch import Tensor, nn
 
-# %% ../nbs/library/23_networks.ipynb #e9831a9d
+# %% ../nbs/library/23_networks.ipynb #18289f96
 class MLP(nn.Module):
     """(m, *shape) → (m, n_out): affine layers of the given widths with SiLU between; the input is flattened and times `scale`.
 
     hidden may be empty: then the map is linear.
     """
-    def __init__(self, shape: Sequence[int], n_out: int, hidden: Sequence[int] = (256, 256), scale: float = 1.0) -> None:
+    def __init__(self, shape: Sequence[int], n_out: int, hidden: Sequence[int] = (256, 256, 256), scale: float = 1.0) -> None:
         super().__init__()
         sizes = [math.prod(shape), *hidden]
         if min(sizes) < 1 or n_out < 1: raise ValueError(f"layer widths are at least 1: got {[*sizes, n_out]}")

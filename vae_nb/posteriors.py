@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from .densities import DiagonalNormal
 
-# %% ../nbs/library/21_posteriors.ipynb #5f18792b
+# %% ../nbs/library/21_posteriors.ipynb #41e37f5f
 class DiagonalPosterior(nn.Module):
     """q(z | x), a Gaussian with independent coordinates: `network` maps (n, *shape) to (n, 2 * d_z): means, then log scales.
 
@@ -24,5 +24,5 @@ class DiagonalPosterior(nn.Module):
     def n_params(latent_dim: int) -> int: return 2 * latent_dim
 
     def forward(self, x: Tensor) -> DiagonalNormal:
-        mean, log_std = self.network(x).float().chunk(2, dim=-1)
+        mean, log_std = self.network(x).chunk(2, dim=-1)
         return DiagonalNormal(mean, (7 * torch.tanh(log_std / 7)).exp())
