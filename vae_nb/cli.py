@@ -79,7 +79,7 @@ def _save_figures(folder: Path, figures: dict[str, Any]) -> None:
     (folder / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items(): figure.savefig(folder / "figures" / f"{name}.png", dpi=130)
 
-# %% ../nbs/library/33_cli.ipynb #634e6c37
+# %% ../nbs/library/33_cli.ipynb #c4a70524
 @app.command()
 def train(
     data: Annotated[str, typer.Option(help=f"What to learn: {_one_of(['digits', *TORCHVISION])}.")] = "digits",
@@ -117,6 +117,7 @@ def train(
     source = {"name": data, "root": None if data_dir is None else str(data_dir.resolve()), "binarize": binarize, "seed": 0}
     _run(folder, trainer, {"data": source, "train": asdict(config), "weights": "best on validation"})
 
+# %% ../nbs/library/33_cli.ipynb #e98754e1
 def _widths(hidden: str) -> tuple[int, ...]:
     "\"256,256\" → (256, 256); an empty string is no hidden layer. Raises ValueError."
     try: return tuple(int(width) for width in hidden.split(",")) if hidden.strip() else ()
@@ -127,6 +128,7 @@ def _spec(data: Data, likelihood: Optional[str]) -> dict[str, Any]:
     if likelihood is None or likelihood == data.likelihood: return data.spec
     return {**data.spec, "likelihood": likelihood, "total": None}
 
+# %% ../nbs/library/33_cli.ipynb #141af697
 def _run(folder: Path, trainer: Trainer, config: dict[str, Any]) -> None:
     "Train with a line in metrics.jsonl for each epoch, then finish; exit code 130 after Ctrl-C, 1 if the bound was not finite."
     write_json(folder / "config.json", {"format": FORMAT, "model": trainer.model.config, **config})
@@ -139,7 +141,7 @@ def _run(folder: Path, trainer: Trainer, config: dict[str, Any]) -> None:
     if failed: typer.echo(f"Error: {failed}", err=True)
     if failed or trainer.interrupted: raise typer.Exit(1 if failed else 130)
 
-# %% ../nbs/library/33_cli.ipynb #29566a94
+# %% ../nbs/library/33_cli.ipynb #a1737221
 Run = Annotated[Path, typer.Argument(help="A run folder of vae_nb train.")]
 
 @app.command(name="evaluate")
@@ -162,6 +164,7 @@ def evaluate_run(
     if out: write_json(out, report.to_dict())
     typer.echo(f"{report}\n  {report.seconds:.1f} s on {report.device}" + (f"\n  {out}" if out else ""))
 
+# %% ../nbs/library/33_cli.ipynb #83fca798
 @app.command()
 def sample(
     run: Run,
@@ -184,6 +187,7 @@ def sample(
         plot_samples(model, n, mean=mean).savefig(path, dpi=130)
     typer.echo(f"{n} images: {path}")
 
+# %% ../nbs/library/33_cli.ipynb #eb4bebc8
 def _new_file(path: Optional[Path], endings: tuple[str, ...]) -> None:
     "Raises ValueError unless `path` is None or a file that can be made: right ending, not there yet, in a folder that is."
     if path is None: return

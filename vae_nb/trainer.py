@@ -69,7 +69,7 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
     try: yield stop
     finally: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/library/29_trainer.ipynb #1d34f6f7
+# %% ../nbs/library/29_trainer.ipynb #4fe08488
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, config: TrainConfig) -> Tensor:
     "One gradient step on images x; returns the sum of their ELBOs, on the device, without waiting for it."
     terms = log_terms(model, x, config.k)
@@ -83,9 +83,14 @@ def cosine(progress: float) -> float:
     "From 1 at progress 0 to 0 at progress 1, along half a cosine."
     return 0.5 * (1 + math.cos(math.pi * progress))
 
+def _check(model: nn.Module, data: Data) -> None:
+    "Raises ValueError unless the likelihood covers the images; one that has no `check` is taken at its word."
+    if hasattr(model.likelihood, "check"):
+        for images in (data.observe(data.train), data.valid): model.likelihood.check(images)
+
 def _weights(model: nn.Module) -> dict[str, Tensor]: return {name: t.clone() for name, t in model.state_dict().items()}
 
-# %% ../nbs/library/29_trainer.ipynb #54e239a7
+# %% ../nbs/library/29_trainer.ipynb #64327a56
 class Trainer:
     """Fits `model` to data.train, keeps the weights that are best on data.valid.
 
@@ -93,8 +98,7 @@ class Trainer:
     After `fit`: `history` has a record for each epoch, `interrupted` says whether Ctrl-C ended it.
     """
     def __init__(self, model: nn.Module, data: Data, config: TrainConfig = TrainConfig()) -> None:
-        if hasattr(model.likelihood, "check"):
-            for images in (data.observe(data.train), data.valid): model.likelihood.check(images)
+        _check(model, data)
         self.model, self.data, self.config = model, data, config
         self.history: list[dict[str, float]] = []
         self.interrupted = False
@@ -102,8 +106,7 @@ class Trainer:
     def fit(self, progress: bool = True, on_epoch: Callable[[dict[str, float]], None] | None = None) -> list[dict[str, float]]:
         """Train for config.epochs; returns `history`: epoch, train_elbo, valid_elbo (nats per image), seconds.
 
-        on_epoch is called with each record. Ctrl-C ends the training early and in order. Raises FloatingPointError if the bound is no longer
-        finite; the model then holds the best weights so far.
+        on_epoch is called with each record. Ctrl-C ends the training early and in order. Raises FloatingPointError where the bound is not finite.
         """
         c, model, device = self.config, self.model, pick_device(self.config.device)
         torch.manual_seed(c.seed)
