@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['exact_gap', 'gap']
 
-# %% ../nbs/derivation/05_gap.ipynb #740d574e
-import torch
+# %% ../nbs/derivation/05_gap.ipynb #62d3f40b
 from torch import Tensor
 from torch.distributions import Distribution
 from .densities import kl_gaussian

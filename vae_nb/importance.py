@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['iwae', 'effective_sample_size']
 
-# %% ../nbs/derivation/06_importance.ipynb #605a8537
-import torch
+# %% ../nbs/derivation/06_importance.ipynb #e2c24625
 from torch import Tensor
 from .densities import log_mean_exp
 

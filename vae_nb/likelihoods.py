@@ -89,13 +89,13 @@ class Binomial(Likelihood):
             raise ValueError(f"a binomial likelihood with total={self.total} needs whole numbers 0 … {self.total}: "
                              f"got values from {x.min().item():g} to {x.max().item():g}; choose a gaussian likelihood for real numbers")
 
-# %% ../nbs/library/20_likelihoods.ipynb #ec9670e5
+# %% ../nbs/library/20_likelihoods.ipynb #d712a919
 class Gaussian(Likelihood):
     "Real pixels: a normal around the network's output with one standard deviation, learned or given (equation 2.1)."
     def __init__(self, network: nn.Module, shape: tuple[int, ...], std: float | None = None) -> None:
         super().__init__(network, shape)
         if std is not None and not std > 0: raise ValueError(f"std is a positive number, or None to learn it: got {std}")
-        self.log_std = nn.Parameter(torch.tensor(math.log(std or 1.0)), requires_grad=std is None)
+        self.log_std = nn.Parameter(torch.tensor(math.log(std or 1.0), dtype=torch.float32), requires_grad=std is None)
 
     @property
     def std(self) -> float: return self.log_std.exp().item()

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from .densities import DiagonalNormal
 
-# %% ../nbs/library/22_priors.ipynb #0491ec96
+# %% ../nbs/library/22_priors.ipynb #c17fed89
 class StandardNormal(nn.Module):
     "p(z) = N(0, I) in `latent_dim` dimensions; called without arguments, returns a `DiagonalNormal` of batch shape ()."
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(latent_dim), persistent=False)
-        self.register_buffer("std", torch.ones(latent_dim), persistent=False)
+        self.register_buffer("mean", torch.zeros(latent_dim, dtype=torch.float32), persistent=False)
+        self.register_buffer("std", torch.ones(latent_dim, dtype=torch.float32), persistent=False)
 
     def forward(self) -> DiagonalNormal: return DiagonalNormal(self.mean, self.std)
