@@ -30,32 +30,36 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
-# %% ../nbs/library/28_checkpoint.ipynb #01dc3c7e
+# %% ../nbs/library/28_checkpoint.ipynb #a288941d
 FORMAT = 1
 
 def save(model: nn.Module, folder: str | Path, **extra: Any) -> Path:
     """Write config.json and model.safetensors into `folder` (made if need be), replacing a model that is there.
 
-    extra: more entries for config.json, such as the data's description. A model of one's own modules has no config: it is saved too,
-    and `load` is then given such a model to fill.
+    extra: more entries for config.json, such as the data's description. A model of one's own modules has no config: it
+    is saved too, and `load` is then given such a model to fill.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir(): raise FileExistsError(f"{str(folder)!r} is a file: a model is saved into a folder")
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{str(folder)!r} is a file: a model is saved into a folder")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     write_json(folder / "config.json", {"format": FORMAT, "model": getattr(model, "config", None), **extra})
     write_atomically(folder / "model.safetensors", tensor_bytes(tensors))
     return folder
 
-# %% ../nbs/library/28_checkpoint.ipynb #40d4513f
+# %% ../nbs/library/28_checkpoint.ipynb #e8ad7ab0
 def read_config(folder: str | Path) -> dict[str, Any]:
-    "config.json of a saved model. Raises FileNotFoundError where there is none, ValueError for a damaged one or another format."
+    """config.json of a saved model. Raises FileNotFoundError where there is none, ValueError for a damaged one or
+    another format."""
     path = Path(folder) / "config.json"
-    if not path.is_file(): raise FileNotFoundError(f"no model in {str(folder)!r}: a run folder holds config.json and model.safetensors")
+    if not path.is_file():
+        raise FileNotFoundError(f"no model in {str(folder)!r}: a run folder holds config.json and model.safetensors")
     try: config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e: raise ValueError(f"{str(path)!r} is damaged, not JSON: {e}") from e
     found = config.get("format") if isinstance(config, dict) else None
-    if found != FORMAT: raise ValueError(f"{str(path)!r} has format {found!r}: this version of vae_nb reads format {FORMAT}")
+    if found != FORMAT:
+        raise ValueError(f"{str(path)!r} has format {found!r}: this version of vae_nb reads format {FORMAT}")
     return config
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -65,11 +69,14 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises FileNotFoundError where no model is, ValueError where the files are damaged, of another format or of another model.
     """
     config, path = read_config(folder), Path(folder) / "model.safetensors"
-    if not path.is_file(): raise FileNotFoundError(f"no weights in {str(folder)!r}: model.safetensors is missing, the run was perhaps cut off")
-    if model is None and config["model"] is None: raise ValueError(f"{str(folder)!r} holds a model of one's own modules: give it, load(folder, model=...)")
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights in {str(folder)!r}: model.safetensors is missing, the run was perhaps cut off")
+    if model is None and config["model"] is None:
+        raise ValueError(f"{str(folder)!r} holds a model of one's own modules: give it, load(folder, model=...)")
     try:
         if model is None: model = build_vae(**config["model"])
         model.load_state_dict(load_tensors(path.read_bytes()))
     except SafetensorError as e: raise ValueError(f"{str(path)!r} is damaged: {e}") from e
-    except (RuntimeError, TypeError) as e: raise ValueError(f"the weights in {str(folder)!r} are of another model: {e}") from e
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f"the weights in {str(folder)!r} are of another model: {e}") from e
     return model.eval()

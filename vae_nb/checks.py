@@ -12,17 +12,19 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
-# %% ../nbs/derivation/00_checks.ipynb #6f0c339a
+# %% ../nbs/derivation/00_checks.ipynb #d4dd7b13
 def _sides(a, b) -> tuple[Tensor, Tensor]:
     "Both sides as tensors of one shape; only one of them may have been expanded."
     a, b = (s.detach() if isinstance(s, Tensor) else torch.as_tensor(s, dtype=torch.float64) for s in (a, b))
     try: shape = torch.broadcast_shapes(a.shape, b.shape)
     except RuntimeError: shape = None
     if shape not in (a.shape, b.shape):
-        raise AssertionError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} are not two sides of one equation: index them first")
+        raise AssertionError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} are not two sides of one equation: "
+                             "index them first")
     a, b = a.double().broadcast_to(shape), b.double().broadcast_to(shape)
     for side, t in (("left", a), ("right", b)):
-        if not torch.isfinite(t).all(): raise AssertionError(f"the {side} side has entries that are not finite: {t.tolist()}")
+        if not torch.isfinite(t).all():
+            raise AssertionError(f"the {side} side has entries that are not finite: {t.tolist()}")
     return a, b
 
 # %% ../nbs/derivation/00_checks.ipynb #5b3913b0
@@ -33,12 +35,13 @@ def _worst(a: Tensor, b: Tensor, excess: Tensor, says: str) -> str:
     l, r = a.flatten()[i].item(), b.flatten()[i].item()
     return f"{says}: left {l:.12g}, right {r:.12g}, difference {l - r:.3g}{at}"
 
-# %% ../nbs/derivation/00_checks.ipynb #42cc062b
+# %% ../nbs/derivation/00_checks.ipynb #12099753
 def check_eq(a, b, rtol: float = 1e-10) -> None:
     """State that a equals b, entry by entry, up to rounding.
 
-    The difference may be rtol times the largest entry of the smaller side (or rtol itself where one side is zero throughout).
-    Raises AssertionError with the entry that fails most; also for shapes that do not match and for entries that are not finite.
+    The difference may be rtol times the largest entry of the smaller side (or rtol itself where one side is zero
+    throughout). Raises AssertionError with the entry that fails most; also for shapes that do not match and for
+    entries that are not finite.
     """
     a, b = _sides(a, b)
     scale = min(a.abs().max().item(), b.abs().max().item()) or 1.0
@@ -46,12 +49,14 @@ def check_eq(a, b, rtol: float = 1e-10) -> None:
     if (off > rtol * scale).any(): raise AssertionError(_worst(a, b, off, f"not equal to a relative {rtol:g}"))
     print(f"✓ equal to a relative {rtol:g}" + (f" ({a.numel()} values)" if a.numel() > 1 else ""))
 
-# %% ../nbs/derivation/00_checks.ipynb #0081afaf
+# %% ../nbs/derivation/00_checks.ipynb #2c801e4c
 @contextmanager
 def check_error(kind: type[BaseException],  # the exception that must be raised
                 words: str = "",            # what its message must contain
                ) -> Iterator[None]:
-    "State that the body raises `kind` with `words` in its message; prints the message, raises AssertionError otherwise."
+    """State that the body raises `kind` with `words` in its message; prints the message, raises AssertionError
+    otherwise.
+    """
     try: yield
     except kind as e:
         if words not in str(e): raise AssertionError(f"expected the words {words!r} in: {e}") from e
@@ -66,14 +71,15 @@ def check_ge(a, b) -> None:
     if (b - a > slack).any(): raise AssertionError(_worst(a, b, b - a, "not greater or equal"))
     print("✓ greater or equal" + (f" ({a.numel()} values)" if a.numel() > 1 else ""))
 
-# %% ../nbs/derivation/00_checks.ipynb #290fd6ae
+# %% ../nbs/derivation/00_checks.ipynb #49e027d2
 def check_mc(samples: Tensor,     # (k, ...) independent samples along dimension 0
              exact,               # (...) what their mean should be
              sigmas: float = 5.0, # allowed distance, in standard errors
             ) -> None:
     """State that the mean of `samples` over dimension 0 is `exact`, within `sigmas` standard errors.
 
-    Samples that do not vary at all must equal `exact` up to rounding. Raises AssertionError, also for fewer than 2 samples.
+    Samples that do not vary at all must equal `exact` up to rounding. Raises AssertionError, also for fewer than 2
+    samples.
     """
     s = samples.detach().double()
     if s.ndim == 0 or len(s) < 2: raise AssertionError("a standard error needs at least 2 samples along dimension 0")
@@ -86,7 +92,9 @@ def check_mc(samples: Tensor,     # (k, ...) independent samples along dimension
     print(f"✓ equal within {sigmas:g} standard errors of at most {se.max().item():.1g}"
           f" ({f'{mean.numel()} values, ' if mean.numel() > 1 else ''}{len(s)} samples)")
 
-# %% ../nbs/derivation/00_checks.ipynb #0ff7cb8e
+# %% ../nbs/derivation/00_checks.ipynb #0304025f
 def set_seed(seed: int = 0) -> torch.Generator:
-    "Seed torch's random numbers with `seed` plus the environment's VAE_NB_SEED_OFFSET (default 0); returns the generator."
+    """Seed torch's random numbers with `seed` plus the environment's VAE_NB_SEED_OFFSET (default 0);
+    returns the generator.
+    """
     return torch.manual_seed(seed + int(os.environ.get("VAE_NB_SEED_OFFSET", 0)))

@@ -26,9 +26,9 @@ from .objectives import OBJECTIVES
 from .plots import plot_samples, run_figures
 from .trainer import TrainConfig, Trainer, pick_device
 
-# %% ../nbs/library/33_cli.ipynb #60b4f1eb
-app = typer.Typer(help="Variational autoencoders: train, evaluate, sample. Every figure is in nats per image.", no_args_is_help=True,
-                  add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+# %% ../nbs/library/33_cli.ipynb #c9309647
+app = typer.Typer(help="Variational autoencoders: train, evaluate, sample. Every figure is in nats per image.",
+                  no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 @contextmanager
 def _asked_for() -> Iterator[None]:
@@ -41,37 +41,40 @@ def _one_of(names: Any) -> str: return "one of " + ", ".join(names)
 DEFAULTS = {"digits": {"latent_dim": 2, "hidden": "256,256,256", "epochs": 200, "batch_size": 64},
             "other": {"latent_dim": 32, "hidden": "400,400", "epochs": 50, "batch_size": 128}}
 
-def _default(name: str) -> str: return f"Default: {DEFAULTS['digits'][name]} for digits, {DEFAULTS['other'][name]} otherwise."
+def _default(name: str) -> str:
+    return f"Default: {DEFAULTS['digits'][name]} for digits, {DEFAULTS['other'][name]} otherwise."
 
-# %% ../nbs/library/33_cli.ipynb #d3e26884
+# %% ../nbs/library/33_cli.ipynb #1e1e70be
 def _new_folder(out: Optional[Path], data: str) -> Path:
-    "Where a run is to be written: `out`, which must be new or empty, or the first free runs/DATA-1, runs/DATA-2, … Makes nothing yet."
+    "Where a run is to be written: `out`, which must be new or empty, or the first free runs/DATA-1, … Makes nothing yet."
     if out is None: return next(p for i in range(1, 10 ** 6) if not (p := Path("runs") / f"{data}-{i}").exists())
     if out.is_file(): raise ValueError(f"--out {str(out)!r} is a file: give a folder that is new or empty")
-    if out.exists() and any(out.iterdir()): raise ValueError(f"--out {str(out)!r} exists and is not empty: give a folder that is new or empty")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out {str(out)!r} exists and is not empty: give a folder that is new or empty")
     return out
 
 def _load_again(run: Path, data_dir: Optional[Path]) -> tuple[VAE, Data, dict[str, Any]]:
-    "The model of a run, the data it was trained on and its config; the data are looked for where they were, or in data_dir."
+    "The model of a run, its data (looked for where they were, or in data_dir) and its config."
     config = read_config(run)
     source = config.get("data")
     if not source: raise ValueError(f"{str(run)!r} does not say on which data it was trained: evaluate it from Python")
     root = data_dir or source["root"]
     return load(run), load_data(source["name"], root=root, seed=source["seed"], binarize=source["binarize"]), config
 
-# %% ../nbs/library/33_cli.ipynb #9b1a2caa
+# %% ../nbs/library/33_cli.ipynb #0ae4b8d3
 REPORT_K = 128       # samples for each image in the report that ends a training run
 
 def _finish(folder: Path, trainer: Trainer, config: dict[str, Any], progress: bool) -> None:
     "Save the model, evaluate it on the test images, draw the figures, and say where everything is."
     model, data = trainer.model, trainer.data
     save(model, folder, **config)
-    report = evaluate(model, data.test, k=REPORT_K, seed=trainer.config.seed, data=data.name, split="test", progress=progress)
+    report = evaluate(model, data.test, REPORT_K, trainer.config.seed, data=data.name, split="test", progress=progress)
     write_json(folder / "report.json", report.to_dict())
     _save_figures(folder, run_figures(model, trainer.history, data.test, data.test_labels))
     best = max(trainer.history, key=lambda r: r["valid_elbo"])
-    stopped = f", stopped by Ctrl-C after {len(trainer.history)} of {trainer.config.epochs} epochs" if trainer.interrupted else ""
-    typer.echo(f"\n{report}\n\nweights of epoch {best['epoch']}, the best on validation{stopped}; trained in {trainer.history[-1]['seconds']:.0f} s\n"
+    done, seconds = len(trainer.history), trainer.history[-1]["seconds"]
+    stopped = f", stopped by Ctrl-C after {done} of {trainer.config.epochs} epochs" if trainer.interrupted else ""
+    typer.echo(f"\n{report}\n\nweights of epoch {best['epoch']}, the best on validation{stopped}; trained in {seconds:.0f} s\n"
                f"  {folder / 'report.json'}\n  {folder / 'figures' / '*.png'}\n  {folder / 'model.safetensors'}\n"
                f"next: vae_nb evaluate {folder} --k 5000   or   vae_nb sample {folder}")
 
@@ -79,23 +82,30 @@ def _save_figures(folder: Path, figures: dict[str, Any]) -> None:
     (folder / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items(): figure.savefig(folder / "figures" / f"{name}.png", dpi=130)
 
-# %% ../nbs/library/33_cli.ipynb #c4a70524
+# %% ../nbs/library/33_cli.ipynb #af89cb86
 @app.command()
 def train(
     data: Annotated[str, typer.Option(help=f"What to learn: {_one_of(['digits', *TORCHVISION])}.")] = "digits",
-    data_dir: Annotated[Optional[Path], typer.Option(help="Folder with torchvision's files; it must exist. Default: a cache folder, with download.")] = None,
-    binarize: Annotated[Optional[str], typer.Option(help=f"How grey levels become black and white: {_one_of(BINARIZE)}. Default: dynamic, for grey images.")] = None,
+    data_dir: Annotated[Optional[Path], typer.Option(
+        help="Folder with torchvision's files; it must exist. Default: a cache folder, with download.")] = None,
+    binarize: Annotated[Optional[str], typer.Option(
+        help=f"How grey levels become black and white: {_one_of(BINARIZE)}. Default: dynamic, for grey images.")] = None,
     latent_dim: Annotated[Optional[int], typer.Option(help=f"Latent dimensions. {_default('latent_dim')}")] = None,
-    hidden: Annotated[Optional[str], typer.Option(help=f"Layer widths of the encoder; the decoder mirrors them. {_default('hidden')}")] = None,
-    likelihood: Annotated[Optional[str], typer.Option(help=f"p(x|z): {_one_of(LIKELIHOODS)}. Default: what fits the data.")] = None,
+    hidden: Annotated[Optional[str], typer.Option(
+        help=f"Layer widths of the encoder; the decoder mirrors them. {_default('hidden')}")] = None,
+    likelihood: Annotated[Optional[str], typer.Option(
+        help=f"p(x|z): {_one_of(LIKELIHOODS)}. Default: what fits the data.")] = None,
     objective: Annotated[str, typer.Option(help=f"What is maximised: {_one_of(OBJECTIVES)}.")] = TrainConfig.objective,
     k: Annotated[int, typer.Option(help="Samples of q(z|x) for each image in a step.")] = TrainConfig.k,
     epochs: Annotated[Optional[int], typer.Option(help=f"Passes over the training images. {_default('epochs')}")] = None,
     batch_size: Annotated[Optional[int], typer.Option(help=f"Images in a step. {_default('batch_size')}")] = None,
-    lr: Annotated[float, typer.Option(help="Adam's learning rate at the start; it decays to zero along half a cosine.")] = TrainConfig.lr,
+    lr: Annotated[float, typer.Option(
+        help="Adam's learning rate at the start; it decays to zero along half a cosine.")] = TrainConfig.lr,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, … or mps.")] = TrainConfig.device,
-    seed: Annotated[int, typer.Option(help="Of the initial weights, the order of images and all noise.")] = TrainConfig.seed,
-    out: Annotated[Optional[Path], typer.Option(help="Run folder, new or empty. Default: runs/DATA-1, runs/DATA-2, …")] = None,
+    seed: Annotated[int, typer.Option(
+        help="Of the initial weights, the order of images and all noise.")] = TrainConfig.seed,
+    out: Annotated[Optional[Path], typer.Option(
+        help="Run folder, new or empty. Default: runs/DATA-1, runs/DATA-2, …")] = None,
 ) -> None:
     """Train a VAE, report held-out log p(x), and leave a run folder.
 
@@ -117,20 +127,21 @@ def train(
     source = {"name": data, "root": None if data_dir is None else str(data_dir.resolve()), "binarize": binarize, "seed": 0}
     _run(folder, trainer, {"data": source, "train": asdict(config), "weights": "best on validation"})
 
-# %% ../nbs/library/33_cli.ipynb #e98754e1
+# %% ../nbs/library/33_cli.ipynb #91c26df2
 def _widths(hidden: str) -> tuple[int, ...]:
     "\"256,256\" → (256, 256); an empty string is no hidden layer. Raises ValueError."
     try: return tuple(int(width) for width in hidden.split(",")) if hidden.strip() else ()
-    except ValueError: raise ValueError(f"--hidden is whole numbers with commas between, such as 256,256: got {hidden!r}") from None
+    except ValueError:
+        raise ValueError(f"--hidden is whole numbers with commas between, such as 256,256: got {hidden!r}") from None
 
 def _spec(data: Data, likelihood: Optional[str]) -> dict[str, Any]:
     "The data's description for `build_vae`, with another likelihood if one was asked for."
     if likelihood is None or likelihood == data.likelihood: return data.spec
     return {**data.spec, "likelihood": likelihood, "total": None}
 
-# %% ../nbs/library/33_cli.ipynb #141af697
+# %% ../nbs/library/33_cli.ipynb #005afd61
 def _run(folder: Path, trainer: Trainer, config: dict[str, Any]) -> None:
-    "Train with a line in metrics.jsonl for each epoch, then finish; exit code 130 after Ctrl-C, 1 if the bound was not finite."
+    "Train with a line in metrics.jsonl for each epoch, then finish; exit code 130 after Ctrl-C, 1 if not finite."
     write_json(folder / "config.json", {"format": FORMAT, "model": trainer.model.config, **config})
     metrics, failed = open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1), None
     with metrics:
@@ -164,14 +175,15 @@ def evaluate_run(
     if out: write_json(out, report.to_dict())
     typer.echo(f"{report}\n  {report.seconds:.1f} s on {report.device}" + (f"\n  {out}" if out else ""))
 
-# %% ../nbs/library/33_cli.ipynb #83fca798
+# %% ../nbs/library/33_cli.ipynb #5dd2202c
 @app.command()
 def sample(
     run: Run,
     n: Annotated[int, typer.Option(help="How many images.")] = 100,
     mean: Annotated[bool, typer.Option(help="The mean of p(x|z), or with --no-mean a sample of it.")] = True,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
-    out: Annotated[Optional[Path], typer.Option(help="New file: .png for a picture, .npz for an array called x. Default: RUN/figures/samples-seed….png")] = None,
+    out: Annotated[Optional[Path], typer.Option(
+        help="New file: .png for a picture, .npz for an array called x. Default: RUN/figures/samples-….png")] = None,
 ) -> None:
     "Draw new images from a run's model: z from the prior, decoded."
     with _asked_for():
@@ -187,13 +199,14 @@ def sample(
         plot_samples(model, n, mean=mean).savefig(path, dpi=130)
     typer.echo(f"{n} images: {path}")
 
-# %% ../nbs/library/33_cli.ipynb #eb4bebc8
+# %% ../nbs/library/33_cli.ipynb #066c56a7
 def _new_file(path: Optional[Path], endings: tuple[str, ...]) -> None:
     "Raises ValueError unless `path` is None or a file that can be made: right ending, not there yet, in a folder that is."
     if path is None: return
     if path.suffix not in endings: raise ValueError(f"--out ends in {' or '.join(endings)}: got {str(path)!r}")
     if path.exists(): raise ValueError(f"--out {str(path)!r} exists already: give the name of a new file")
-    if not path.parent.is_dir(): raise ValueError(f"--out {str(path)!r}: the folder {str(path.parent)!r} does not exist")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out {str(path)!r}: the folder {str(path.parent)!r} does not exist")
 
 # %% ../nbs/library/33_cli.ipynb #343204f5
 def main() -> None:

@@ -22,12 +22,13 @@ def binarize_once(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "Grey levels 0 … 255 (uint8) → 0 or 1 (uint8): a pixel is 1 with probability grey / 255."
     return (rng.random(images.shape) < images / 255).astype(np.uint8)
 
-# %% ../nbs/library/26_data.ipynb #acd12962
+# %% ../nbs/library/26_data.ipynb #c81862c2
 @dataclass
 class Data:
-    """Images split for training, choosing and testing. train is as stored (see `observe`); valid and test are as a model sees them.
+    """Images split for training, choosing and testing.
 
-    train, valid, test: (n, *shape); labels: per split (n,) or None. likelihood: the name that fits, total: its largest count.
+    train, valid, test: (n, *shape). train is as stored (see `observe`); valid and test are as a model sees them. Labels: (n,) or
+    None. likelihood: the name that fits, total: its largest count.
     """
     name: str
     train: Tensor
@@ -57,10 +58,11 @@ class Data:
 
     def split(self, name: str) -> Tensor:
         "The images called train, valid or test. Raises ValueError for another name."
-        if name not in ("train", "valid", "test"): raise ValueError(f"split {name!r} is unknown: choose one of train, valid, test")
+        if name not in ("train", "valid", "test"):
+            raise ValueError(f"split {name!r} is unknown: choose one of train, valid, test")
         return self.observe(self.train) if name == "train" else getattr(self, name)
 
-# %% ../nbs/library/26_data.ipynb #36a581be
+# %% ../nbs/library/26_data.ipynb #460e5b4e
 def _split(x: np.ndarray, y: np.ndarray | None, n_valid: int, n_test: int, seed: int) -> dict[str, Any]:
     "Shuffle by `seed`; the last n_test are for testing, the n_valid before them for choosing."
     order = np.random.default_rng(seed).permutation(len(x))
@@ -71,30 +73,36 @@ def _split(x: np.ndarray, y: np.ndarray | None, n_valid: int, n_test: int, seed:
 def _digits(seed: int) -> Data:
     from sklearn.datasets import load_digits
     digits = load_digits()
-    return Data("digits", **_split(digits.images.astype(np.uint8), digits.target, 300, 300, seed), likelihood="binomial", total=16)
+    cuts = _split(digits.images.astype(np.uint8), digits.target, 300, 300, seed)
+    return Data("digits", **cuts, likelihood="binomial", total=16)
 
-# %% ../nbs/library/26_data.ipynb #4c2d4bd7
+# %% ../nbs/library/26_data.ipynb #2a21ab1b
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 
 def cache_folder() -> Path:
     "Where downloads are kept: $VAE_NB_CACHE, or ~/.cache/vae_nb."
     return Path(os.environ.get("VAE_NB_CACHE") or Path.home() / ".cache" / "vae_nb")
 
+def _must_be_folder(root: str | Path | None) -> None:
+    if root is not None and not Path(root).is_dir():
+        raise FileNotFoundError(f"the data folder {str(root)!r} does not exist: it must be a folder")
+
 def _torchvision(name: str, root: str | Path | None) -> tuple[Any, Any]:
-    "The training and the test file of one of TORCHVISION's sets. Raises FileNotFoundError that says which files go where."
+    "The training and the test file of one of TORCHVISION's sets. Raises FileNotFoundError that says what goes where."
     from torchvision import datasets
     cls = getattr(datasets, TORCHVISION[name])
-    if root is not None and not Path(root).is_dir(): raise FileNotFoundError(f"the data folder {str(root)!r} does not exist: it must be a folder")
+    _must_be_folder(root)
     folder = Path(root) if root is not None else cache_folder()
     try: return tuple(cls(str(folder), train=train, download=root is None) for train in (True, False))
-    except Exception as e:                 # torchvision raises RuntimeError, URLError or OSError here, with many lines
+    except Exception as e:  # torchvision raises RuntimeError, URLError or OSError here, with many lines
         raw = folder / TORCHVISION[name] / "raw"
+        files = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte"
         raise FileNotFoundError(
-            f"{name} is not in {str(folder)!r}" + ("" if root else " and could not be downloaded") + ": put its unpacked files "
-            f"train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte into {str(raw)!r}"
+            f"{name} is not in {str(folder)!r}" + ("" if root else " and could not be downloaded")
+            + f": put its unpacked files {files} into {str(raw)!r}"
             + (", or leave the data folder out to download them" if root else "")) from e
 
-# %% ../nbs/library/26_data.ipynb #16b48a24
+# %% ../nbs/library/26_data.ipynb #c039d327
 def _grey_images(name: str, root: str | Path | None, binarize: str, seed: int) -> Data:
     first, last = _torchvision(name, root)
     grey, test = first.data.numpy(), last.data.numpy()
@@ -102,33 +110,40 @@ def _grey_images(name: str, root: str | Path | None, binarize: str, seed: int) -
     if binarize == "none": bits, test = (grey / 255).astype(np.float32), (test / 255).astype(np.float32)
     else: bits, test = binarize_once(grey, rng), binarize_once(test, rng)
     train = bits[:-10_000] if binarize == "static" else grey[:-10_000]
-    y, y_test = first.targets, last.targets
-    return Data(name, torch.from_numpy(train), torch.from_numpy(bits[-10_000:]), torch.from_numpy(test), y[:-10_000], y[-10_000:], y_test,
-                likelihood="gaussian" if binarize == "none" else "bernoulli", grey=binarize != "static", dynamic=binarize == "dynamic")
+    images = (torch.from_numpy(part) for part in (train, bits[-10_000:], test))
+    return Data(name, *images, first.targets[:-10_000], first.targets[-10_000:], last.targets,
+                likelihood="gaussian" if binarize == "none" else "bernoulli",
+                grey=binarize != "static", dynamic=binarize == "dynamic")
 
-# %% ../nbs/library/26_data.ipynb #f4b6eca9
+# %% ../nbs/library/26_data.ipynb #547279b7
 def load_data(source: Any, root: str | Path | None = None, seed: int = 0, binarize: str | None = None) -> Data:
     """A data set by name (digits, mnist, fashion-mnist, kmnist), or from an array or tensor (n, ...) of real numbers.
 
-    root: the folder that holds torchvision's files (it must exist); default: a cache folder, with download. seed: of the split of digits
-    and arrays, and of the one draw that makes grey images black and white. binarize: none, static or dynamic, for the grey sets only
-    (default dynamic). Raises ValueError for names and values that are not allowed, FileNotFoundError for files that are not there.
+    root: the folder that holds torchvision's files (it must exist); default: a cache folder, with download.
+    seed: of the split of digits and arrays, and of the one draw that makes grey images black and white.
+    binarize: none, static or dynamic, for the grey sets only (default dynamic).
+    Raises ValueError for names and values that are not allowed, FileNotFoundError for files that are not there.
     """
     if isinstance(source, (np.ndarray, Tensor)): return _array(source, binarize, seed)
     if source not in ("digits", *TORCHVISION):
-        raise ValueError(f"data {source!r} is unknown: choose one of digits, {', '.join(TORCHVISION)}, or give an array or tensor")
+        raise ValueError(f"data {source!r} is unknown: choose one of digits, {', '.join(TORCHVISION)}, "
+                         "or give an array or tensor")
     if binarize is not None and binarize not in BINARIZE:
         raise ValueError(f"binarize {binarize!r} is unknown: choose one of {', '.join(BINARIZE)}")
     if source == "digits":
-        if binarize not in (None, "none"): raise ValueError(f"digits are counts 0 … 16, not grey levels: binarize is none, got {binarize!r}")
-        if root is not None and not Path(root).is_dir(): raise FileNotFoundError(f"the data folder {str(root)!r} does not exist: it must be a folder")
+        if binarize not in (None, "none"):
+            raise ValueError(f"digits are counts 0 … 16, not grey levels: binarize is none, got {binarize!r}")
+        _must_be_folder(root)
         return _digits(seed)
     return _grey_images(source, root, binarize or "dynamic", seed)
 
 def _array(x: Any, binarize: str | None, seed: int) -> Data:
     x = np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x)
-    if binarize not in (None, "none"): raise ValueError(f"an array is taken as it is: binarize is none, got {binarize!r}")
-    if x.ndim < 2 or len(x) < 10: raise ValueError(f"an array is (n, ...) with n at least 10, to be split in three: got shape {x.shape}")
-    if not np.issubdtype(x.dtype, np.number) or not np.isfinite(x).all(): raise ValueError("an array holds finite numbers: got NaN, infinite or other entries")
+    if binarize not in (None, "none"):
+        raise ValueError(f"an array is taken as it is: binarize is none, got {binarize!r}")
+    if x.ndim < 2 or len(x) < 10:
+        raise ValueError(f"an array is (n, ...) with n at least 10, to be split in three: got shape {x.shape}")
+    if not np.issubdtype(x.dtype, np.number) or not np.isfinite(x).all():
+        raise ValueError("an array holds finite numbers: got NaN, infinite or other entries")
     n = max(1, math.floor(0.1 * len(x)))
     return Data("array", **_split(x.astype(np.float32), None, n, n, seed))

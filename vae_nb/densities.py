@@ -19,12 +19,12 @@ def log_normal(x: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
     log_std = std.log() if isinstance(std, Tensor) else math.log(std)
     return -0.5 * ((x - mean) / std) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
 
-# %% ../nbs/derivation/02_densities.ipynb #8484a79b
+# %% ../nbs/derivation/02_densities.ipynb #ea5c7c2d
 class DiagonalNormal(Independent):
     """A normal with independent coordinates: event shape (d,), batch shape the rest.
 
-    mean, std: broadcastable tensors (..., d). A `torch.distributions` distribution whose log_prob is equation 2.2; where
-    both a sample and its density are needed, `rsample_and_log_prob` gives them at the price of one.
+    mean, std: broadcastable tensors (..., d). A `torch.distributions` distribution whose log_prob is equation 2.2;
+    where both a sample and its density are needed, `rsample_and_log_prob` gives them at the price of one.
     """
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         super().__init__(Normal(*torch.broadcast_tensors(mean, std), validate_args=False), 1, validate_args=False)
@@ -41,9 +41,13 @@ class DiagonalNormal(Independent):
         return log_normal(value, self.base_dist.loc, self.base_dist.scale).sum(-1)
 
     def rsample_and_log_prob(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
-        "Reparameterised samples (*sample_shape, ..., d) and their log density (*sample_shape, ...) (equations 2.3, 2.4)."
-        noise = torch.randn(*sample_shape, *self.base_dist.loc.shape, dtype=self.base_dist.loc.dtype, device=self.base_dist.loc.device)
-        return self.base_dist.loc + self.base_dist.scale * noise, (log_normal(noise, 0.0, 1.0) - self.base_dist.scale.log()).sum(-1)
+        """Reparameterised samples (*sample_shape, ..., d) and their log density (*sample_shape, ...)
+        (equations 2.3, 2.4).
+        """
+        noise = torch.randn(*sample_shape, *self.base_dist.loc.shape,
+                            dtype=self.base_dist.loc.dtype, device=self.base_dist.loc.device)
+        return (self.base_dist.loc + self.base_dist.scale * noise,
+                (log_normal(noise, 0.0, 1.0) - self.base_dist.scale.log()).sum(-1))
 
 # %% ../nbs/derivation/02_densities.ipynb #e21844a2
 def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
@@ -67,12 +71,12 @@ def kl_normal(mean_q: Tensor, std_q: Tensor, mean_p: Tensor | float = 0.0, std_p
     ratio = std_q / std_p
     return 0.5 * (ratio ** 2 + ((mean_q - mean_p) / std_p) ** 2 - 1) - ratio.log()
 
-# %% ../nbs/derivation/02_densities.ipynb #9cfd85a3
+# %% ../nbs/derivation/02_densities.ipynb #e6d765f9
 def kl_gaussian(mean_q: Tensor, scale_q: Tensor, mean_p: Tensor, scale_p: Tensor) -> Tensor:
     """KL between Gaussians with correlations, in nats (equation 2.12).
 
-    Means (..., d); scale_q, scale_p (..., d, d) lower triangular with covariance = scale @ scale.T. Leading dimensions
-    broadcast. Returns (...).
+    Means (..., d); scale_q, scale_p (..., d, d) lower triangular with covariance = scale @ scale.T. Leading
+    dimensions broadcast. Returns (...).
     """
     ratio = torch.linalg.solve_triangular(scale_p, scale_q, upper=False)
     shift = torch.linalg.solve_triangular(scale_p, (mean_p - mean_q).unsqueeze(-1), upper=False)

@@ -14,9 +14,11 @@ from torch.distributions import Distribution
 from .evidence import LatentModel, LinearGaussian
 from .densities import kl_gaussian
 
-# %% ../nbs/derivation/04_elbo.ipynb #2b2a0e7c
+# %% ../nbs/derivation/04_elbo.ipynb #41bba6c3
 class Terms(NamedTuple):
-    "k samples for each of n images, and the three log densities whose combination is the log importance weight (equation 4.2)."
+    """k samples for each of n images, and the three log densities whose combination is the log importance weight
+    (equation 4.2).
+    """
     z: Tensor            # (k, n, d_z)
     log_lik: Tensor      # (k, n) log p(x | z), nats
     log_prior: Tensor    # (k, n) log p(z)
@@ -32,12 +34,12 @@ def sample_and_log_prob(dist: Distribution, k: int) -> tuple[Tensor, Tensor]:
     z = dist.rsample((k,)) if dist.has_rsample else dist.sample((k,))
     return z, dist.log_prob(z)
 
-# %% ../nbs/derivation/04_elbo.ipynb #8c4c414c
+# %% ../nbs/derivation/04_elbo.ipynb #b013be75
 def log_terms(model: LatentModel,                       # prior(), likelihood(z), posterior(x)
               x: Tensor,                                # (n, ...) images
               k: int = 1,                               # samples for each image
               posterior: Distribution | None = None,    # batch (n,); default: model.posterior(x)
-              condition: Tensor | None = None,          # (n, ...) labels or vectors, for models that take them
+              condition: Tensor | None = None,  # (n, ...) labels or vectors, for models that take them
              ) -> Terms:
     """The one forward pass: z ~ q, log p(x|z), log p(z), log q(z|x), each (k, n), in nats.
 
@@ -54,14 +56,18 @@ def log_weights(model: LatentModel, x: Tensor, k: int = 1, posterior: Distributi
     "(k, n) log importance weights, nats: log p(x|z) + log p(z) - log q(z|x) for k samples of q (equation 4.2)."
     return log_terms(model, x, k, posterior).log_w
 
-# %% ../nbs/derivation/04_elbo.ipynb #4f334773
+# %% ../nbs/derivation/04_elbo.ipynb #99fed858
 def elbo(log_w: Tensor) -> Tensor:
-    "(k, n) log importance weights → (n,) estimates of the evidence lower bound: their mean over k, in nats (equation 4.5)."
+    """(k, n) log importance weights → (n,) estimates of the evidence lower bound:
+    their mean over k, in nats (equation 4.5).
+    """
     return log_w.mean(0)
 
-# %% ../nbs/derivation/04_elbo.ipynb #da69a167
+# %% ../nbs/derivation/04_elbo.ipynb #363baec0
 def exact_elbo(model: LinearGaussian, x: Tensor, q: Distribution) -> Tensor:
-    "(n,) the ELBO in closed form for a linear-Gaussian model and a Gaussian q of batch (n,) (equations 4.7, 4.9 and 2.12)."
+    """(n,) the ELBO in closed form for a linear-Gaussian model and a Gaussian q of batch (n,)
+    (equations 4.7, 4.9 and 2.12).
+    """
     mean, scale = mean_and_scale(q)
     spread = (model.weight @ scale).square().sum((-2, -1)) / (2 * model.noise_std ** 2)
     return model.likelihood(mean).log_prob(x) - spread - kl_gaussian(mean, scale, *mean_and_scale(model.prior()))

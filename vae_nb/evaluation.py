@@ -17,14 +17,18 @@ from tqdm.auto import tqdm
 from .elbo import Terms, distortion, elbo, log_terms, rate
 from .importance import iwae
 
-# %% ../nbs/library/27_evaluation.ipynb #627bc6fa
+# %% ../nbs/library/27_evaluation.ipynb #acafb3c0
 BLOCK = 2 ** 22      # pixels (k × n × pixels of an image) in one forward pass
 GROUP = 2 ** 21      # log weights (k × n) kept at a time
+
+def _home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    "Device and dtype of the model's parameters."
+    return next(((p.device, p.dtype) for p in model.parameters()), (torch.device("cpu"), torch.float32))
 
 @contextmanager
 def _frozen(model: nn.Module, seed: int) -> Iterator[None]:
     "No gradients, evaluation mode, noise from `seed`; afterwards everything is as it was, the random state too."
-    training, device = model.training, next((p.device for p in model.parameters()), torch.device("cpu"))
+    training, device = model.training, _home(model)[0]
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model.eval()
@@ -33,20 +37,21 @@ def _frozen(model: nn.Module, seed: int) -> Iterator[None]:
 
 def grouped_terms(model: nn.Module, x: Tensor, k: int, progress: bool = False) -> Iterator[tuple[slice, Terms]]:
     "Groups of images and their terms: log densities (k, group) in float64 on the CPU; z is left out (empty)."
-    device = next((p.device for p in model.parameters()), x.device)
+    device, dtype = _home(model)
     block = max(1, min(k, BLOCK // x[0].numel()))                                      # samples in one pass
     group = max(1, min(BLOCK // (block * x[0].numel()), GROUP // k))                    # images in one pass
     with tqdm(total=len(x), unit="image", desc=f"log p(x), k = {k}", disable=not progress, leave=False) as bar:
         for start in range(0, len(x), group):
-            images = x[start:start + group].to(device, torch.float32)
+            images = x[start:start + group].to(device, dtype)
             passes = [log_terms(model, images, min(block, k - done))[1:] for done in range(0, k, block)]
-            yield slice(start, start + group), Terms(images.new_empty(0), *(torch.cat(t).double().cpu() for t in zip(*passes)))
+            log_densities = (torch.cat(t).double().cpu() for t in zip(*passes))
+            yield slice(start, start + group), Terms(images.new_empty(0), *log_densities)
             bar.update(len(images))
 
-# %% ../nbs/library/27_evaluation.ipynb #7f8d4d7c
+# %% ../nbs/library/27_evaluation.ipynb #ff7ebf90
 @dataclass(frozen=True)
 class Report:
-    "What `evaluate` found: nats per image, means over n images; standard errors are over images (NaN for a single one)."
+    "What `evaluate` found: nats per image, means over n images; standard errors are over images (NaN for a single one)"
     log_px: float            # the k-sample bound on log p(x)
     log_px_se: float
     elbo: float
@@ -55,7 +60,7 @@ class Report:
     distortion: float        # minus the mean of log p(x|z)
     k: int
     n: int
-    active_units: int        # latent dimensions whose posterior mean varies over images (variance above 0.01; Burda et al. 2015)
+    active_units: int        # latent dimensions whose posterior mean varies over images (see `active_units`)
     seconds: float
     seed: int
     data: str
@@ -74,16 +79,17 @@ class Report:
                 f"      − distortion {self.distortion:9.3f}   (what is left of the image then)\n"
                 f"  active units  {self.active_units:5d}")
 
-# %% ../nbs/library/27_evaluation.ipynb #1428b9e1
+# %% ../nbs/library/27_evaluation.ipynb #f48da997
 def _se(per_image: Tensor) -> float:
     "Standard error of the mean over images."
     return (per_image.std() / math.sqrt(len(per_image))).item() if len(per_image) > 1 else math.nan
 
-def evaluate(model: nn.Module, x: Tensor, k: int = 1000, seed: int = 0, data: str = "", split: str = "", progress: bool = False) -> Report:
+def evaluate(model: nn.Module, x: Tensor, k: int = 1000, seed: int = 0,
+             data: str = "", split: str = "", progress: bool = False) -> Report:
     """Held-out log p(x) and what it is made of, for images x (n, *shape), with k samples for each.
 
-    The model is any `LatentModel` that is an nn.Module; its mode and torch's random state are left as they were. data and split are
-    names for the report. Raises ValueError for k < 1 and for images that the likelihood does not cover.
+    The model is any `LatentModel` that is an nn.Module; its mode and torch's random state are left as they were.
+    data and split are names for the report. Raises ValueError for k < 1 and for images that the likelihood does not cover.
     """
     if k < 1: raise ValueError(f"k is the number of samples for each image, at least 1: got {k}")
     if hasattr(model.likelihood, "check"): model.likelihood.check(x)
@@ -95,14 +101,14 @@ def evaluate(model: nn.Module, x: Tensor, k: int = 1000, seed: int = 0, data: st
         units = active_units(model, x)
     rates, distortions, jensens = torch.cat(per_image, dim=1)
     r, d, g, elbos = rates.mean().item(), distortions.mean().item(), jensens.mean().item(), -rates - distortions
-    return Report(log_px=-r - d + g, log_px_se=_se(elbos + jensens), elbo=-r - d, elbo_se=_se(elbos), rate=r, distortion=d, k=k, n=len(x),
-                  active_units=units, seconds=time.perf_counter() - start, seed=seed, data=data, split=split,
-                  device=str(next((p.device for p in model.parameters()), x.device)))
+    return Report(log_px=-r - d + g, log_px_se=_se(elbos + jensens), elbo=-r - d, elbo_se=_se(elbos), rate=r, distortion=d,
+                  k=k, n=len(x), active_units=units, seconds=time.perf_counter() - start, seed=seed, data=data, split=split,
+                  device=str(_home(model)[0]))
 
-# %% ../nbs/library/27_evaluation.ipynb #931d0d21
+# %% ../nbs/library/27_evaluation.ipynb #6c325495
 @torch.no_grad()
 def active_units(model: nn.Module, x: Tensor, threshold: float = 0.01) -> int:
-    "How many latent dimensions have a posterior mean that varies over the images x by more than `threshold` (in variance)."
-    device = next((p.device for p in model.parameters()), x.device)
-    means = torch.cat([model.posterior(part.to(device, torch.float32)).mean for part in x.split(4096)])
+    """How many latent dimensions have a posterior mean whose variance over the images x is above `threshold`
+    (Burda et al. 2015)."""
+    means = torch.cat([model.posterior(part.to(*_home(model))).mean for part in x.split(4096)])
     return int((means.var(0, unbiased=False) > threshold).sum())

@@ -13,26 +13,30 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, MultivariateNormal
 from .densities import DiagonalNormal
 
-# %% ../nbs/derivation/03_evidence.ipynb #9fdafd06
+# %% ../nbs/derivation/03_evidence.ipynb #4c3664dd
 class LatentModel(Protocol):
     """What every estimator here asks of a model: three conditional distributions.
 
-    prior() has event shape (d_z,); likelihood(z) has batch shape z.shape[:-1] and event shape x.shape[1:]; posterior(x) has
-    batch shape (n,) and event shape (d_z,). In an exact model it is the posterior p(z | x), in a VAE an approximation q(z | x).
+    prior() has event shape (d_z,); likelihood(z) has batch shape z.shape[:-1] and event shape x.shape[1:];
+    posterior(x) has batch shape (n,) and event shape (d_z,). In an exact model it is the posterior p(z | x), in a
+    VAE an approximation q(z | x).
     """
     def prior(self) -> Distribution: ...
     def likelihood(self, z: Tensor) -> Distribution: ...
     def posterior(self, x: Tensor) -> Distribution: ...
 
-# %% ../nbs/derivation/03_evidence.ipynb #21c15c01
+# %% ../nbs/derivation/03_evidence.ipynb #b7ad77fd
 class LinearGaussian:
-    """z ~ N(0, prior_std^2 I), x = weight z + bias + noise_std e: evidence and posterior in closed form (equations 3.4 to 3.6).
+    """z ~ N(0, prior_std^2 I), x = weight z + bias + noise_std e: evidence and posterior in closed form
+    (equations 3.4 to 3.6).
 
-    weight (d_x, d_z), bias (d_x,), both of one float dtype, which all results have. Standard deviations are positive numbers.
+    weight (d_x, d_z), bias (d_x,), both of one float dtype, which all results have. Standard deviations are positive
+    numbers.
     """
     def __init__(self, weight: Tensor, bias: Tensor, noise_std: float, prior_std: float = 1.0) -> None:
         if weight.ndim != 2 or bias.shape != weight.shape[:1]:
-            raise ValueError(f"weight is (d_x, d_z) and bias (d_x,): got {tuple(weight.shape)} and {tuple(bias.shape)}")
+            raise ValueError("weight is (d_x, d_z) and bias (d_x,): "
+                             f"got {tuple(weight.shape)} and {tuple(bias.shape)}")
         if not (noise_std > 0 and prior_std > 0):
             raise ValueError(f"standard deviations are positive: got noise_std={noise_std}, prior_std={prior_std}")
         self.weight, self.bias, self.noise_std, self.prior_std = weight, bias, float(noise_std), float(prior_std)
@@ -46,8 +50,9 @@ class LinearGaussian:
 
     def posterior(self, x: Tensor) -> MultivariateNormal:
         "(n, d_x) → the exact p(z | x), batch shape (n,) (equation 3.6)."
-        precision = (torch.eye(self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device) / self.prior_std ** 2
-                     + self.weight.T @ self.weight / self.noise_std ** 2)
+        precision = (
+            torch.eye(self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device) / self.prior_std ** 2
+            + self.weight.T @ self.weight / self.noise_std ** 2)
         pull = (x - self.bias) @ self.weight / self.noise_std ** 2
         mean = torch.cholesky_solve(pull.T, torch.linalg.cholesky(precision)).T
         return MultivariateNormal(mean, precision_matrix=precision, validate_args=False)
@@ -58,9 +63,11 @@ class LinearGaussian:
             len(self.bias), dtype=self.bias.dtype, device=self.bias.device)
         return MultivariateNormal(self.bias, cov, validate_args=False).log_prob(x)
 
-# %% ../nbs/derivation/03_evidence.ipynb #20a10911
+# %% ../nbs/derivation/03_evidence.ipynb #846085b4
 class StateTable(Distribution):
-    "A distribution over the listed states (s, d) given by a table of log probabilities (n, s): batch (n,), event (d,)."
+    """A distribution over the listed states (s, d) given by a table of log probabilities (n, s):
+    batch (n,), event (d,).
+    """
     arg_constraints: dict = {}
 
     def __init__(self, states: Tensor, log_probs: Tensor) -> None:
@@ -75,7 +82,7 @@ class StateTable(Distribution):
         same = (value.unsqueeze(-2) == self.states).all(-1)                            # (..., n, s)
         return torch.where(same, self.log_probs, -math.inf).logsumexp(-1)
 
-# %% ../nbs/derivation/03_evidence.ipynb #cdcd97de
+# %% ../nbs/derivation/03_evidence.ipynb #026a748c
 class BinaryLatents:
     """d_z bits, d_x black-and-white pixels with logits weight z + bias; everything by enumeration (equation 3.8).
 
@@ -87,11 +94,13 @@ class BinaryLatents:
                              f"got {tuple(weight.shape)}, {tuple(bias.shape)}, {tuple(prior_logits.shape)}")
         self.weight, self.bias, self.prior_logits = weight, bias, prior_logits
         numbers = torch.arange(2 ** len(prior_logits), device=weight.device)
-        self.states = (numbers[:, None] >> torch.arange(len(prior_logits), device=weight.device) & 1).to(weight.dtype)   # (2^d_z, d_z)
+        # (2^d_z, d_z)
+        self.states = (numbers[:, None] >> torch.arange(len(prior_logits), device=weight.device) & 1).to(weight.dtype)
 
     def prior(self) -> Distribution: return Independent(Bernoulli(logits=self.prior_logits), 1)
 
-    def likelihood(self, z: Tensor) -> Distribution: return Independent(Bernoulli(logits=z @ self.weight.T + self.bias), 1)
+    def likelihood(self, z: Tensor) -> Distribution:
+        return Independent(Bernoulli(logits=z @ self.weight.T + self.bias), 1)
 
     def log_joint(self, x: Tensor) -> Tensor:
         "(n, d_x) → (n, 2^d_z): log p(x, z) of every state, nats."

@@ -13,31 +13,36 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# %% ../nbs/derivation/01_figures.ipynb #d710b0df
-COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A900", "#000000", "#8C6BB1", "#999999"]
-STYLE = {"axes.prop_cycle": plt.cycler(color=COLORS), "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+# %% ../nbs/derivation/01_figures.ipynb #4e87b6ea
+COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7",
+          "#56B4E9", "#B8A900", "#000000", "#8C6BB1", "#999999"]
+STYLE = {"axes.prop_cycle": plt.cycler(color=COLORS),
+         "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
          "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.7, "axes.titlesize": 10,
          "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "lines.linewidth": 1.8, "font.size": 9,
          "legend.frameon": False, "legend.fontsize": 8, "figure.dpi": 90, "figure.facecolor": "white"}
 
-# %% ../nbs/derivation/01_figures.ipynb #81b7d3b9
+# %% ../nbs/derivation/01_figures.ipynb #e0f0546d
 def new_figure(ncols: int = 1,        # axes side by side
                width: float = 6.0,    # inches
                height: float = 2.8,   # inches
                **kwargs: Any,         # passed on to plt.subplots, e.g. sharey=True
               ) -> tuple[Figure, list[Axes]]:
-    "An empty figure in our style and its axes, closed for pyplot: a notebook shows it once, where a cell ends with it."
+    """An empty figure in our style and its axes, closed for pyplot: a notebook shows it once, where a cell ends with
+    it.
+    """
     with plt.rc_context(STYLE):
         fig, axes = plt.subplots(1, ncols, figsize=(width, height), squeeze=False, layout="constrained", **kwargs)
     plt.close(fig)
     return fig, list(axes[0])
 
-# %% ../nbs/derivation/01_figures.ipynb #9316fd82
+# %% ../nbs/derivation/01_figures.ipynb #4edcb5a3
 def _array(a: Any) -> np.ndarray:
     "Anything array-like, tensors on any device included, as a numpy array."
     return a.detach().cpu().numpy() if isinstance(a, torch.Tensor) else np.asarray(a)
 
-def _axes(ax: Axes | None, xlabel: str, ylabel: str, title: str | None, width: float = 6.0, height: float = 2.8) -> Axes:
+def _axes(ax: Axes | None, xlabel: str, ylabel: str, title: str | None,
+          width: float = 6.0, height: float = 2.8) -> Axes:
     "The given axes, or those of a new figure, with their labels."
     if ax is None: ax = new_figure(width=width, height=height)[1][0]
     ax.set(xlabel=xlabel, ylabel=ylabel)

@@ -12,9 +12,11 @@ from .densities import kl_gaussian
 from .elbo import elbo, mean_and_scale
 from .evidence import LinearGaussian
 
-# %% ../nbs/derivation/05_gap.ipynb #4c8fb2f7
+# %% ../nbs/derivation/05_gap.ipynb #8892e51e
 def exact_gap(model: LinearGaussian, x: Tensor, q: Distribution) -> Tensor:
-    "(n,) KL(q || posterior) in closed form for a linear-Gaussian model and a Gaussian q of batch (n,) (equations 5.3, 2.12)."
+    """(n,) KL(q || posterior) in closed form for a linear-Gaussian model and a Gaussian q of batch (n,)
+    (equations 5.3, 2.12).
+    """
     return kl_gaussian(*mean_and_scale(q), *mean_and_scale(model.posterior(x)))
 
 # %% ../nbs/derivation/05_gap.ipynb #3c195869

@@ -9,15 +9,18 @@ __all__ = ['iwae', 'effective_sample_size']
 from torch import Tensor
 from .densities import log_mean_exp
 
-# %% ../nbs/derivation/06_importance.ipynb #7d79e688
+# %% ../nbs/derivation/06_importance.ipynb #eea6bf7f
 def iwae(log_w: Tensor) -> Tensor:
-    """(k, n) log importance weights → (n,) estimates of the k-sample bound on log p(x), nats (Burda et al. 2015; equation 6.3).
+    """(k, n) log importance weights → (n,) estimates of the k-sample bound on log p(x), nats
+    (Burda et al. 2015; equation 6.3).
 
     k = 1 is the ELBO; a large k is the usual estimate of log p(x).
     """
     return log_mean_exp(log_w, dim=0)
 
-# %% ../nbs/derivation/06_importance.ipynb #65675a16
+# %% ../nbs/derivation/06_importance.ipynb #90d28896
 def effective_sample_size(log_w: Tensor) -> Tensor:
-    "(k, n) log importance weights → (n,) between 1 (one weight holds all) and k (all weights equal) (Kong 1992; equation 6.6)."
+    """(k, n) log importance weights → (n,) between 1 (one weight holds all) and k (all weights equal)
+    (Kong 1992; equation 6.6).
+    """
     return 1 / log_w.softmax(0).square().sum(0)

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch import distributions as D
 from .densities import DiagonalNormal, log_bernoulli, log_binomial, log_normal
 
-# %% ../nbs/library/20_likelihoods.ipynb #1a49af96
+# %% ../nbs/library/20_likelihoods.ipynb #298496c5
 class Likelihood(nn.Module):
-    """p(x | z): `network` maps (m, d_z) to (m, prod(shape)) parameters; called with z (..., d_z), returns a distribution of images.
+    """p(x | z): `network` maps (m, d_z) to (m, prod(shape)) parameters; called with z (..., d_z), returns a
+    distribution of images.
 
-    shape: of one image, such as (28, 28), or (5,) for a vector. Subclasses say what the parameters mean in `distribution`.
+    shape: of one image, such as (28, 28), or (5,) for a vector. Subclasses say what the parameters mean in
+    `distribution`.
     """
-    largest: float | None = None     # the largest value that a pixel can have, if there is one: what pictures draw black
+    largest: float | None = None  # the largest value that a pixel can have, if there is one: what pictures draw black
 
     def __init__(self, network: nn.Module, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -35,27 +37,30 @@ class Likelihood(nn.Module):
         raise NotImplementedError
 
     def check(self, x: Tensor) -> None:
-        "Raises ValueError for images (n, *shape) of another shape, that are not finite, or outside the likelihood's support."
+        """Raises ValueError for images (n, *shape) of another shape, that are not finite, or outside the likelihood's
+        support.
+        """
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"the likelihood is for images of shape {self.shape}: got {tuple(x.shape[1:])}")
         if not len(x): raise ValueError("there are no images: at least one is needed")
-        if not torch.isfinite(x.float()).all(): raise ValueError("some pixels are NaN or infinite: clean the data first")
+        if not torch.isfinite(x.float()).all():
+            raise ValueError("some pixels are NaN or infinite: clean the data first")
 
-# %% ../nbs/library/20_likelihoods.ipynb #ad7f4523
+# %% ../nbs/library/20_likelihoods.ipynb #706df79f
 class _Bernoulli(D.Bernoulli):
     def log_prob(self, value: Tensor) -> Tensor: return log_bernoulli(value, self.logits)
 
 class _Binomial(D.Binomial):
     def __init__(self, total: int, logits: Tensor) -> None:
         super().__init__(total, logits=logits, validate_args=False)
-        self.total = total                            # a plain number: reading it from a GPU would make the GPU wait
+        self.total = total  # a plain number: reading it from a GPU would make the GPU wait
 
     def log_prob(self, value: Tensor) -> Tensor: return log_binomial(value, self.total, self.logits)
 
 class _Normal(D.Normal):
     def log_prob(self, value: Tensor) -> Tensor: return log_normal(value, self.loc, self.scale)
 
-# %% ../nbs/library/20_likelihoods.ipynb #f0fcf15c
+# %% ../nbs/library/20_likelihoods.ipynb #308f84ca
 class Bernoulli(Likelihood):
     "Pixels 0 or 1; the network gives log odds of a one (equation 2.5)."
     largest = 1.0
@@ -68,10 +73,11 @@ class Bernoulli(Likelihood):
         super().check(x)
         grey = x[(x != 0) & (x != 1)]
         if len(grey):
-            raise ValueError(f"a Bernoulli likelihood needs pixels that are 0 or 1: got {grey[0].item():g} among others; "
-                             "binarize the data ('dynamic' or 'static'), or choose a gaussian likelihood for grey levels")
+            raise ValueError("a Bernoulli likelihood needs pixels that are 0 or 1: "
+                             f"got {grey[0].item():g} among others; binarize the data ('dynamic' or 'static'), "
+                             "or choose a gaussian likelihood for grey levels")
 
-# %% ../nbs/library/20_likelihoods.ipynb #f67f112d
+# %% ../nbs/library/20_likelihoods.ipynb #0dc3bf9a
 class Binomial(Likelihood):
     "Pixels count ones among `total` trials, 0 … total; the network gives the log odds of a one (equation 2.6)."
     def __init__(self, network: nn.Module, shape: tuple[int, ...], total: int) -> None:
@@ -87,20 +93,24 @@ class Binomial(Likelihood):
         super().check(x)
         if ((x != x.round()) | (x < 0) | (x > self.total)).any():
             raise ValueError(f"a binomial likelihood with total={self.total} needs whole numbers 0 … {self.total}: "
-                             f"got values from {x.min().item():g} to {x.max().item():g}; choose a gaussian likelihood for real numbers")
+                             f"got values from {x.min().item():g} to {x.max().item():g}; "
+                             "choose a gaussian likelihood for real numbers")
 
-# %% ../nbs/library/20_likelihoods.ipynb #d712a919
+# %% ../nbs/library/20_likelihoods.ipynb #a03207a7
 class Gaussian(Likelihood):
     "Real pixels: a normal around the network's output with one standard deviation, learned or given (equation 2.1)."
     def __init__(self, network: nn.Module, shape: tuple[int, ...], std: float | None = None) -> None:
         super().__init__(network, shape)
-        if std is not None and not std > 0: raise ValueError(f"std is a positive number, or None to learn it: got {std}")
-        self.log_std = nn.Parameter(torch.tensor(math.log(std or 1.0), dtype=torch.float32), requires_grad=std is None)
+        if std is not None and not std > 0:
+            raise ValueError(f"std is a positive number, or None to learn it: got {std}")
+        self.log_std = nn.Parameter(torch.tensor(math.log(std or 1.0), dtype=torch.float32),
+                                    requires_grad=std is None)
 
     @property
     def std(self) -> float: return self.log_std.exp().item()
 
-    def distribution(self, params: Tensor) -> D.Distribution: return _Normal(params, self.log_std.exp(), validate_args=False)
+    def distribution(self, params: Tensor) -> D.Distribution:
+        return _Normal(params, self.log_std.exp(), validate_args=False)
 
     def centre(self, mean: Tensor) -> Tensor: return mean
 

@@ -14,7 +14,7 @@ from .networks import MLP
 from .posteriors import DiagonalPosterior
 from .priors import StandardNormal
 
-# %% ../nbs/library/24_model.ipynb #2b5353eb
+# %% ../nbs/library/24_model.ipynb #f4320743
 class VAE(nn.Module):
     """A variational autoencoder: p(x|z), q(z|x) and p(z), any modules that return distributions (see `LatentModel`).
 
@@ -23,11 +23,11 @@ class VAE(nn.Module):
     def __init__(self, likelihood: nn.Module, posterior: nn.Module, prior: nn.Module) -> None:
         super().__init__()
         self.likelihood, self.posterior, self.prior = likelihood, posterior, prior
-        self.config: dict[str, Any] | None = None      # what `build` was called with: enough to make the model again
+        self.config: dict[str, Any] | None = None  # what `build` was called with: enough to make the model again
 
-    @property
-    def device(self) -> torch.device:
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
+    def place(self, t: Tensor) -> Tensor:
+        "t on the model's device and in its dtype."
+        return next((t.to(p.device, p.dtype) for p in self.parameters()), t)
 
     @torch.no_grad()
     def sample(self, n: int = 1, mean: bool = False) -> Tensor:
@@ -38,38 +38,46 @@ class VAE(nn.Module):
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         "Images (n, *shape) → the means of q(z|x), (n, d_z)."
-        return self.posterior(x.to(self.device, torch.float32)).mean
+        return self.posterior(self.place(x)).mean
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         "Causes (..., d_z) → the mean images of p(x|z), (..., *shape)."
-        return self.likelihood(z.to(self.device)).mean
+        return self.likelihood(self.place(z)).mean
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        "Images (n, *shape) → the mean image at the mean of q(z|x). For looking at: the ELBO averages over samples of q instead."
+        """Images (n, *shape) → the mean image at the mean of q(z|x).
+
+        For looking at: the ELBO averages over samples of q instead.
+        """
         return self.decode(self.encode(x))
 
-# %% ../nbs/library/24_model.ipynb #76ca45c9
+# %% ../nbs/library/24_model.ipynb #45278063
 def _positive(name: str, value: int) -> int:
-    if not isinstance(value, int) or value < 1: raise ValueError(f"{name} is a whole number, at least 1: got {value!r}")
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is a whole number, at least 1: got {value!r}")
     return value
 
-def build_vae(shape: Sequence[int], latent_dim: int = 2, likelihood: str = "bernoulli", hidden: Sequence[int] = (256, 256, 256),
-              total: int | None = None, mean: Tensor | None = None) -> VAE:
+def build_vae(shape: Sequence[int], latent_dim: int = 2, likelihood: str = "bernoulli",
+              hidden: Sequence[int] = (256, 256, 256), total: int | None = None, mean: Tensor | None = None) -> VAE:
     """A VAE with MLPs on both sides, a diagonal Gaussian posterior and a standard normal prior.
 
     shape: of one image or vector. likelihood: bernoulli, binomial (needs `total`, the largest count) or gaussian.
-    hidden: layer widths of the encoder; the decoder mirrors them. mean: the data's mean image (*shape), for the decoder to start
-    from. Raises ValueError for names and sizes that are not allowed.
+    hidden: layer widths of the encoder; the decoder mirrors them. mean: the data's mean image (*shape), for the
+    decoder to start from. Raises ValueError for names and sizes that are not allowed.
     """
-    if likelihood not in LIKELIHOODS: raise ValueError(f"likelihood {likelihood!r} is unknown: choose one of {', '.join(LIKELIHOODS)}")
+    if likelihood not in LIKELIHOODS:
+        raise ValueError(f"likelihood {likelihood!r} is unknown: choose one of {', '.join(LIKELIHOODS)}")
     if (likelihood == "binomial") != (total is not None):
-        raise ValueError(f"total, the largest possible count, goes with a binomial likelihood: got likelihood={likelihood!r}, total={total}")
-    shape, hidden = tuple(_positive("each entry of shape", s) for s in shape), tuple(_positive("each hidden width", h) for h in hidden)
+        raise ValueError("total, the largest possible count, goes with a binomial likelihood: "
+                         f"got likelihood={likelihood!r}, total={total}")
+    shape = tuple(_positive("each entry of shape", s) for s in shape)
+    hidden = tuple(_positive("each hidden width", h) for h in hidden)
     d_z, options = _positive("latent_dim", latent_dim), {} if total is None else {"total": total}
     decoder = MLP((d_z,), torch.Size(shape).numel(), hidden[::-1])
     encoder = MLP(shape, DiagonalPosterior.n_params(d_z), hidden, scale=1 / (total or 1))
     model = VAE(LIKELIHOODS[likelihood](decoder, shape, **options), DiagonalPosterior(encoder), StandardNormal(d_z))
     if mean is not None: decoder.out.bias.data.copy_(model.likelihood.centre(mean.float()).flatten())
-    model.config = {"shape": list(shape), "latent_dim": d_z, "likelihood": likelihood, "hidden": list(hidden), "total": total}
+    model.config = {"shape": list(shape), "latent_dim": d_z, "likelihood": likelihood, "hidden": list(hidden),
+                    "total": total}
     return model

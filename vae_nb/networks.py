@@ -11,18 +11,22 @@ from typing import Sequence
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/library/23_networks.ipynb #d805120f
+# %% ../nbs/library/23_networks.ipynb #cb51afc1
 class MLP(nn.Module):
-    """(m, *shape) → (m, n_out): affine layers of the given widths with SiLU between; the input is flattened and times `scale`.
+    """(m, *shape) → (m, n_out): affine layers of the given widths with SiLU between; the input is flattened and times
+    `scale`.
 
-    hidden may be empty: then the map is linear. The weights are float32 whatever torch's default is; `.double()` makes them float64.
+    hidden may be empty: then the map is linear. The weights are float32 whatever torch's default is; `.double()`
+    makes them float64.
     """
-    def __init__(self, shape: Sequence[int], n_out: int, hidden: Sequence[int] = (256, 256, 256), scale: float = 1.0) -> None:
+    def __init__(self, shape: Sequence[int], n_out: int, hidden: Sequence[int] = (256, 256, 256),
+                 scale: float = 1.0) -> None:
         super().__init__()
         sizes = [math.prod(shape), *hidden]
         if min(sizes) < 1 or n_out < 1: raise ValueError(f"layer widths are at least 1: got {[*sizes, n_out]}")
         self.scale = scale
-        self.body = nn.Sequential(*(m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b, dtype=torch.float32), nn.SiLU())))
+        self.body = nn.Sequential(*(m for a, b in zip(sizes, sizes[1:])
+                                    for m in (nn.Linear(a, b, dtype=torch.float32), nn.SiLU())))
         self.out = nn.Linear(sizes[-1], n_out, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ from torch import Tensor
 from .elbo import Terms, elbo
 from .importance import iwae
 
-# %% ../nbs/library/25_objectives.ipynb #df4c1da3
-OBJECTIVES: dict[str, Callable[[Terms], Tensor]] = {"elbo": lambda terms: elbo(terms.log_w), "iwae": lambda terms: iwae(terms.log_w)}
+# %% ../nbs/library/25_objectives.ipynb #25911d3b
+OBJECTIVES: dict[str, Callable[[Terms], Tensor]] = {"elbo": lambda terms: elbo(terms.log_w),
+                                                    "iwae": lambda terms: iwae(terms.log_w)}
 
 def objective(name: str) -> Callable[[Terms], Tensor]:
     "The function from `Terms` to (n,) nats that training maximises, by name. Raises ValueError for another name."
-    if name not in OBJECTIVES: raise ValueError(f"objective {name!r} is unknown: choose one of {', '.join(OBJECTIVES)}")
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective {name!r} is unknown: choose one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]

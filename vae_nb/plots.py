@@ -15,23 +15,28 @@ from torch import Tensor
 from .figures import curves, image_grid, points
 from .model import VAE
 
-# %% ../nbs/library/30_plots.ipynb #11395478
+# %% ../nbs/library/30_plots.ipynb #837b9fcc
 def plot_history(history: Sequence[dict[str, float]], ax: Axes | None = None) -> Figure:
     "Training and validation ELBO by epoch; the epoch that was kept is marked."
     epochs = [record["epoch"] for record in history]
     best = max(history, key=lambda record: record["valid_elbo"])
-    fig = curves(epochs, {"training": [r["train_elbo"] for r in history], "validation": [r["valid_elbo"] for r in history]},
-                 "epoch", "ELBO (nats per image)", f"Best on validation: {best['valid_elbo']:.2f} nats in epoch {best['epoch']}", ax=ax)
+    fig = curves(epochs, {"training": [r["train_elbo"] for r in history],
+                          "validation": [r["valid_elbo"] for r in history]},
+                 "epoch", "ELBO (nats per image)",
+                 f"Best on validation: {best['valid_elbo']:.2f} nats in epoch {best['epoch']}", ax=ax)
     axes = ax or fig.axes[0]
     axes.plot(best["epoch"], best["valid_elbo"], "o", color="black", markersize=4)
     later = [r[name] for r in history[len(history) // 20:] for name in ("train_elbo", "valid_elbo")]
     low, high = min(later), max(later)
-    axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)        # the first steep epochs would flatten the rest
+    # the first steep epochs would flatten the rest
+    axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
     return fig
 
-# %% ../nbs/library/30_plots.ipynb #6b834e61
+# %% ../nbs/library/30_plots.ipynb #9d5a92e2
 def _pictures(x: Tensor) -> Tensor:
-    "(m, *shape) → (m, height, width): a channel dimension of 1 is dropped, a vector becomes one row, colours become their mean."
+    """(m, *shape) → (m, height, width): a channel dimension of 1 is dropped, a vector becomes one row, colours become
+    their mean.
+    """
     x = x.float().cpu()
     if x.ndim == 2: return x[:, None]
     return x.mean(1) if x.ndim == 4 else x.reshape(len(x), -1, x.shape[-1])
@@ -40,39 +45,43 @@ def _ink(model: VAE) -> float | None:
     "The pixel value that is drawn black, where the likelihood has a largest one."
     return getattr(model.likelihood, "largest", None)
 
-# %% ../nbs/library/30_plots.ipynb #123b602d
+# %% ../nbs/library/30_plots.ipynb #03a9c2b7
 def plot_reconstructions(model: VAE, x: Tensor, title: str = "Images and their reconstructions") -> Figure:
     "Images (n, *shape), up to 40, above the mean image at the mean of q(z|x), in rows of 20."
     x = x[:40]
     pairs = zip(_pictures(x).split(20), _pictures(model.reconstruct(x)).split(20))
     rows = [torch.cat([t, t.new_zeros(min(20, len(x)) - len(t), *t.shape[1:])]) for pair in pairs for t in pair]
-    return image_grid(torch.cat(rows), ncol=min(20, len(x)), vmax=_ink(model), title=title, row_labels=["image", "mean"] * (len(rows) // 2))
+    return image_grid(torch.cat(rows), ncol=min(20, len(x)), vmax=_ink(model), title=title,
+                      row_labels=["image", "mean"] * (len(rows) // 2))
 
 def plot_samples(model: VAE, n: int = 100, mean: bool = True, title: str | None = None) -> Figure:
     "n images from the model: z ~ p(z), then the mean of p(x|z), or with mean=False a sample of it."
-    return image_grid(_pictures(model.sample(n, mean=mean)), ncol=min(n, 20), vmax=_ink(model), title=title or f"{n} samples of the prior, decoded")
+    return image_grid(_pictures(model.sample(n, mean=mean)), ncol=min(n, 20), vmax=_ink(model),
+                      title=title or f"{n} samples of the prior, decoded")
 
-# %% ../nbs/library/30_plots.ipynb #102779f3
+# %% ../nbs/library/30_plots.ipynb #708a0c0d
 def _name(dim: int) -> str: return "z" + "".join("₀₁₂₃₄₅₆₇₈₉"[int(c)] for c in str(dim + 1))
 
 def widest(model: VAE, x: Tensor) -> list[int]:
     "The (at most) two latent dimensions whose posterior means vary most over x, in their own order."
     return sorted(model.encode(x).var(0, unbiased=False).topk(min(2, model.encode(x[:1]).shape[1])).indices.tolist())
 
-def plot_latent_map(model: VAE, x: Tensor, labels: Tensor | None = None, title: str = "Posterior means of held-out images") -> Figure:
+def plot_latent_map(model: VAE, x: Tensor, labels: Tensor | None = None,
+                    title: str = "Posterior means of held-out images") -> Figure:
     "Posterior means of images x in the two widest latent dimensions, coloured by label."
     dims, means = widest(model, x), model.encode(x).cpu()
     xy = torch.stack([means[:, dims[0]], means[:, dims[-1]] if len(dims) > 1 else torch.zeros(len(means))], dim=1)
     return points(xy, labels, _name(dims[0]), _name(dims[-1]) if len(dims) > 1 else "", title)
 
-# %% ../nbs/library/30_plots.ipynb #42da0bb7
+# %% ../nbs/library/30_plots.ipynb #81ca5571
 def plot_prior_predictive(model: VAE, dims: Sequence[int] = (0, 1), side: int = 15, extent: float = 3.0) -> Figure:
     "Mean images on a side × side grid over [-extent, extent]² of two latent dimensions; the others are zero."
     line = torch.linspace(-extent, extent, side)
     z = torch.zeros(side, side, model.prior().event_shape[0])
     z[..., dims[0]] = line
-    if len(dims) > 1: z[..., dims[1]] = line.flip(0)[:, None]                      # up is positive, as on the map
-    fig = image_grid(_pictures(model.decode(z).flatten(0, 1)), ncol=side, vmax=_ink(model), title=f"What the decoder draws over [−{extent:g}, {extent:g}]²")
+    if len(dims) > 1: z[..., dims[1]] = line.flip(0)[:, None]  # up is positive, as on the map
+    fig = image_grid(_pictures(model.decode(z).flatten(0, 1)), ncol=side, vmax=_ink(model),
+                     title=f"What the decoder draws over [−{extent:g}, {extent:g}]²")
     return _grid_ticks(fig, dims, extent)
 
 def _grid_ticks(fig: Figure, dims: Sequence[int], extent: float) -> Figure:
@@ -80,13 +89,18 @@ def _grid_ticks(fig: Figure, dims: Sequence[int], extent: float) -> Figure:
     ax = fig.axes[0]
     height, width = ax.images[0].get_array().shape
     ax.set(xticks=[0, width / 2, width], xticklabels=[f"−{extent:g}", "0", f"{extent:g}"], xlabel=_name(dims[0]),
-           yticks=[0, height / 2, height], yticklabels=[f"{extent:g}", "0", f"−{extent:g}"], ylabel=_name(dims[-1]) if len(dims) > 1 else "")
+           yticks=[0, height / 2, height], yticklabels=[f"{extent:g}", "0", f"−{extent:g}"],
+           ylabel=_name(dims[-1]) if len(dims) > 1 else "")
     fig.set_size_inches(5.0, 5.0 * height / width + 0.4)
     return fig
 
-# %% ../nbs/library/30_plots.ipynb #42442e60
-def run_figures(model: VAE, history: Sequence[dict[str, float]], x: Tensor, labels: Tensor | None = None) -> dict[str, Figure]:
+# %% ../nbs/library/30_plots.ipynb #cb35a74f
+def run_figures(model: VAE, history: Sequence[dict[str, float]], x: Tensor,
+                labels: Tensor | None = None) -> dict[str, Figure]:
     "The figures of a run, by file name: learning curves, reconstructions, samples, latent map and prior predictive."
     dims = widest(model, x)
-    return {**({"learning_curves": plot_history(history)} if history else {}), "reconstructions": plot_reconstructions(model, x), "samples": plot_samples(model),
-            "latent_map": plot_latent_map(model, x[:5000], None if labels is None else labels[:5000]), "prior_predictive": plot_prior_predictive(model, dims)}
+    return {**({"learning_curves": plot_history(history)} if history else {}),
+            "reconstructions": plot_reconstructions(model, x),
+            "samples": plot_samples(model),
+            "latent_map": plot_latent_map(model, x[:5000], None if labels is None else labels[:5000]),
+            "prior_predictive": plot_prior_predictive(model, dims)}

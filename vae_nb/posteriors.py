@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from .densities import DiagonalNormal
 
-# %% ../nbs/library/21_posteriors.ipynb #41e37f5f
+# %% ../nbs/library/21_posteriors.ipynb #851ace4d
 class DiagonalPosterior(nn.Module):
-    """q(z | x), a Gaussian with independent coordinates: `network` maps (n, *shape) to (n, 2 * d_z): means, then log scales.
+    """q(z | x), a Gaussian with independent coordinates: `network` maps (n, *shape) to (n, 2 * d_z): means, then log
+    scales.
 
     Called with x (n, *shape), returns a `DiagonalNormal` of batch shape (n,) (equation 21.1 for the scale).
     """

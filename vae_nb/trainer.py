@@ -22,7 +22,7 @@ from .elbo import elbo, log_terms
 from .evaluation import evaluate
 from .objectives import objective
 
-# %% ../nbs/library/29_trainer.ipynb #be3a2bb8
+# %% ../nbs/library/29_trainer.ipynb #d3723d42
 @dataclass(frozen=True)
 class TrainConfig:
     "How to train. Raises ValueError for values that are not allowed."
@@ -37,7 +37,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "k"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1: raise ValueError(f"{name} is a whole number, at least 1: got {value!r}")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is a whole number, at least 1: got {value!r}")
         if not 0 < self.lr < math.inf: raise ValueError(f"lr is a positive number: got {self.lr!r}")
         if not 0 <= self.seed < 2 ** 63: raise ValueError(f"seed is a whole number, at least 0: got {self.seed!r}")
         objective(self.objective)
@@ -50,13 +51,14 @@ def pick_device(name: str = "auto") -> torch.device:
     kind, _, index = name.partition(":")
     if kind not in there or (index and (kind != "cuda" or not index.isdigit())):
         raise ValueError(f"device {name!r} is unknown: choose one of auto, cpu, cuda, cuda:0, mps")
-    if not there[kind] or (index and int(index) >= torch.cuda.device_count()): raise ValueError(f"device {name!r} is not on this machine: choose auto or cpu")
+    if not there[kind] or (index and int(index) >= torch.cuda.device_count()):
+        raise ValueError(f"device {name!r} is not on this machine: choose auto or cpu")
     return torch.device(name)
 
-# %% ../nbs/library/29_trainer.ipynb #c34b4afa
+# %% ../nbs/library/29_trainer.ipynb #3361a805
 @contextmanager
 def _stop_on_interrupt() -> Iterator[threading.Event]:
-    "An event that the first Ctrl-C sets instead of raising; a second one raises as usual. Outside the main thread: never set."
+    "An event that the first Ctrl-C sets instead of raising; a second one raises. Outside the main thread: never set."
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -80,7 +82,7 @@ def _threads_for(model: nn.Module, images: int, device: torch.device) -> Iterato
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/library/29_trainer.ipynb #4fe08488
+# %% ../nbs/library/29_trainer.ipynb #3645aeba
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, config: TrainConfig) -> Tensor:
     "One gradient step on images x; returns the sum of their ELBOs, on the device, without waiting for it."
     terms = log_terms(model, x, config.k)
@@ -99,13 +101,18 @@ def _check(model: nn.Module, data: Data) -> None:
     if hasattr(model.likelihood, "check"):
         for images in (data.observe(data.train), data.valid): model.likelihood.check(images)
 
-def _weights(model: nn.Module) -> dict[str, Tensor]: return {name: t.clone() for name, t in model.state_dict().items()}
+def _not_finite(epoch: int, train: float, valid: float, lr: float) -> FloatingPointError:
+    return FloatingPointError(f"the bound is not finite in epoch {epoch} (train {train:g}, valid {valid:g} nats): the model holds "
+                              f"the best weights so far; try a smaller lr than {lr:g}")
 
-# %% ../nbs/library/29_trainer.ipynb #f289dff1
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+# %% ../nbs/library/29_trainer.ipynb #094ba3e7
 class Trainer:
     """Fits `model` to data.train, keeps the weights that are best on data.valid.
 
-    model: any `LatentModel` that is an nn.Module. data: see `load_data`. Raises ValueError if the likelihood does not cover the data.
+    model: any `LatentModel` that is an nn.Module. Raises ValueError if its likelihood does not cover the data.
     After `fit`: `history` has a record for each epoch, `interrupted` says whether Ctrl-C ended it.
     """
     def __init__(self, model: nn.Module, data: Data, config: TrainConfig = TrainConfig()) -> None:
@@ -117,14 +124,15 @@ class Trainer:
     def fit(self, progress: bool = True, on_epoch: Callable[[dict[str, float]], None] | None = None) -> list[dict[str, float]]:
         """Train for config.epochs; returns `history`: epoch, train_elbo, valid_elbo (nats per image), seconds.
 
-        on_epoch is called with each record. Ctrl-C ends the training early and in order. Raises FloatingPointError where the bound is not finite.
+        on_epoch is called with each record. Ctrl-C ends it early and in order; a bound not finite raises FloatingPointError.
         """
         c, model, device = self.config, self.model, pick_device(self.config.device)
         torch.manual_seed(c.seed)
         train, order = self.data.train.to(device), torch.Generator(device).manual_seed(c.seed)
         optimizer = torch.optim.Adam(model.to(device).train().parameters(), lr=c.lr, fused=True)
-        n_steps, step, start, best, weights = c.epochs * math.ceil(len(train) / c.batch_size), 0, time.perf_counter(), -math.inf, _weights(model)
-        with _stop_on_interrupt() as stop, _threads_for(model, c.batch_size * c.k, device), tqdm(total=n_steps, unit="step", disable=not progress) as bar:
+        n_steps, step, start = c.epochs * math.ceil(len(train) / c.batch_size), 0, time.perf_counter()
+        best, weights, bar = -math.inf, _weights(model), tqdm(total=n_steps, unit="step", disable=not progress)
+        with bar, _stop_on_interrupt() as stop, _threads_for(model, c.batch_size * c.k, device):
             for epoch in range(1, c.epochs + 1):
                 total, seen = torch.zeros((), device=device), 0
                 for batch in torch.randperm(len(train), generator=order, device=device).split(c.batch_size):
@@ -135,14 +143,13 @@ class Trainer:
                     if stop.is_set(): break
                 now, valid = total.item() / seen, evaluate(model, self.data.valid, k=1, seed=c.seed).elbo
                 if not math.isfinite(now + valid): break
-                self.history.append({"epoch": epoch, "train_elbo": now, "valid_elbo": valid, "seconds": time.perf_counter() - start})
+                seconds = time.perf_counter() - start
+                self.history.append({"epoch": epoch, "train_elbo": now, "valid_elbo": valid, "seconds": seconds})
                 if valid > best: best, weights = valid, _weights(model)
                 bar.set_postfix_str(f"ELBO {now:.2f} train, {valid:.2f} valid (nats)")
                 if on_epoch is not None: on_epoch(self.history[-1])
                 if stop.is_set(): break
         self.interrupted = stop.is_set()
         model.load_state_dict(weights)
-        if not math.isfinite(now + valid):
-            raise FloatingPointError(f"the bound is not finite in epoch {epoch} (train {now:g}, valid {valid:g} nats): the model holds the "
-                                     f"best weights so far; try a smaller lr than {c.lr:g}")
+        if not math.isfinite(now + valid): raise _not_finite(epoch, now, valid, c.lr)
         return self.history
