@@ -16,7 +16,7 @@ from safetensors.torch import load as load_tensors, save as tensor_bytes
 from torch import nn
 from .model import VAE, build_vae
 
-# %% ../nbs/library/28_checkpoint.ipynb #26a42402
+# %% ../nbs/library/28_checkpoint.ipynb #cd7b89eb
 def write_atomically(path: Path, content: bytes | str) -> None:
     "Write a file so that at every moment either the old or the new content is there, whole."
     path = Path(path)
@@ -27,10 +27,13 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         os.fsync(f.fileno())
     os.replace(part, path)
 
-def write_json(path: Path, content: Any) -> None:
-    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+def _json(content: Any) -> str: return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
-# %% ../nbs/library/28_checkpoint.ipynb #a288941d
+def write_json(path: Path, content: Any) -> None:
+    "Write content as JSON, whole or not at all. Raises ValueError for NaN and infinities, which JSON does not have."
+    write_atomically(path, _json(content))
+
+# %% ../nbs/library/28_checkpoint.ipynb #84637795
 FORMAT = 1
 
 def save(model: nn.Module, folder: str | Path, **extra: Any) -> Path:
@@ -42,13 +45,14 @@ def save(model: nn.Module, folder: str | Path, **extra: Any) -> Path:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{str(folder)!r} is a file: a model is saved into a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    write_json(folder / "config.json", {"format": FORMAT, "model": getattr(model, "config", None), **extra})
-    write_atomically(folder / "model.safetensors", tensor_bytes(tensors))
+    tensors = tensor_bytes({name: t.detach().cpu().clone().contiguous() for name, t in model.state_dict().items()})
+    config = _json({**extra, "format": FORMAT, "model": getattr(model, "config", None)})
+    folder.mkdir(parents=True, exist_ok=True)               # nothing has been touched before all is ready to be written
+    write_atomically(folder / "config.json", config)
+    write_atomically(folder / "model.safetensors", tensors)
     return folder
 
-# %% ../nbs/library/28_checkpoint.ipynb #e8ad7ab0
+# %% ../nbs/library/28_checkpoint.ipynb #185757b1
 def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a saved model. Raises FileNotFoundError where there is none, ValueError for a damaged one or
     another format."""
@@ -56,14 +60,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no model in {str(folder)!r}: a run folder holds config.json and model.safetensors")
     try: config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e: raise ValueError(f"{str(path)!r} is damaged, not JSON: {e}") from e
+    except (ValueError, RecursionError) as e: raise ValueError(f"{str(path)!r} is damaged, not JSON: {e}") from e
     found = config.get("format") if isinstance(config, dict) else None
     if found != FORMAT:
         raise ValueError(f"{str(path)!r} has format {found!r}: this version of vae_nb reads format {FORMAT}")
     return config
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """The model saved in `folder`, on the CPU, in evaluation mode; never runs code from the files.
+    """The model saved in `folder`, in evaluation mode; never runs code from the files.
 
     model: one of the same make to load the weights into; needed where it was made of one's own modules.
     Raises FileNotFoundError where no model is, ValueError where the files are damaged, of another format or of another model.
@@ -71,12 +75,19 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     config, path = read_config(folder), Path(folder) / "model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"no weights in {str(folder)!r}: model.safetensors is missing, the run was perhaps cut off")
-    if model is None and config["model"] is None:
+    if model is None and config.get("model") is None:
         raise ValueError(f"{str(folder)!r} holds a model of one's own modules: give it, load(folder, model=...)")
-    try:
-        if model is None: model = build_vae(**config["model"])
-        model.load_state_dict(load_tensors(path.read_bytes()))
+    try: tensors = load_tensors(path.read_bytes())
     except SafetensorError as e: raise ValueError(f"{str(path)!r} is damaged: {e}") from e
-    except (RuntimeError, TypeError) as e:
-        raise ValueError(f"the weights in {str(folder)!r} are of another model: {e}") from e
+    if model is None: model = _rebuild(folder, config["model"])
+    expected, found = ({name: tuple(t.shape) for name, t in ts.items()} for ts in (model.state_dict(), tensors))
+    if expected != found:                                   # before anything in the given model is overwritten
+        name = sorted(expected.items() ^ found.items())[0][0]
+        raise ValueError(f"the weights in {str(folder)!r} are of another model: {name!r} is {found.get(name, 'missing')}, "
+                         f"the model has {expected.get(name, 'none')}")
+    model.load_state_dict(tensors)
     return model.eval()
+
+def _rebuild(folder: str | Path, config: Any) -> VAE:
+    try: return build_vae(**config)
+    except (TypeError, ValueError) as e: raise ValueError(f"config.json in {str(folder)!r} is damaged, its model cannot be built: {e}") from e

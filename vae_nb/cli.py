@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['app', 'DEFAULTS', 'REPORT_K', 'Run', 'train', 'evaluate_run', 'sample', 'main']
 
-# %% ../nbs/library/33_cli.ipynb #6b65b665
+# %% ../nbs/library/33_cli.ipynb #67647e8d
 import json
-import shutil
+import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Optional
 import numpy as np
 import torch
 import typer
+from .checks import whole_number
 from .checkpoint import FORMAT, load, read_config, save, write_json
 from .data import BINARIZE, TORCHVISION, Data, load_data
 from .evaluation import evaluate
@@ -24,9 +27,9 @@ from .likelihoods import LIKELIHOODS
 from .model import VAE, build_vae
 from .objectives import OBJECTIVES
 from .plots import plot_samples, run_figures
-from .trainer import TrainConfig, Trainer, pick_device
+from .trainer import TrainConfig, Trainer, checked_seed, pick_device
 
-# %% ../nbs/library/33_cli.ipynb #c9309647
+# %% ../nbs/library/33_cli.ipynb #1a158f7a
 app = typer.Typer(help="Variational autoencoders: train, evaluate, sample. Every figure is in nats per image.",
                   no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -35,6 +38,15 @@ def _asked_for() -> Iterator[None]:
     "Errors about what was asked for become a usage line and one sentence, exit code 2."
     try: yield
     except (ValueError, OSError) as e: raise typer.BadParameter(" ".join(str(e).split())) from e
+    except (RuntimeError, MemoryError, OverflowError) as e:              # torch's word for "too large for this machine"
+        raise typer.BadParameter(f"a model or data of this size cannot be made here: {str(e).splitlines()[0]}") from e
+
+def _number(help: str, kind: type = int) -> Any:
+    "A numeric option; its refusal says what was given."
+    def parse(text: str) -> Any:
+        try: return kind(text)
+        except ValueError: raise typer.BadParameter(f"{'a whole number' if kind is int else 'a number'} is needed: got {text!r}") from None
+    return typer.Option(help=help, parser=parse, metavar=f"<{kind.__name__}>")
 
 def _one_of(names: Any) -> str: return "one of " + ", ".join(names)
 
@@ -44,45 +56,67 @@ DEFAULTS = {"digits": {"latent_dim": 2, "hidden": "256,256,256", "epochs": 200, 
 def _default(name: str) -> str:
     return f"Default: {DEFAULTS['digits'][name]} for digits, {DEFAULTS['other'][name]} otherwise."
 
-# %% ../nbs/library/33_cli.ipynb #1e1e70be
-def _new_folder(out: Optional[Path], data: str) -> Path:
-    "Where a run is to be written: `out`, which must be new or empty, or the first free runs/DATA-1, … Makes nothing yet."
-    if out is None: return next(p for i in range(1, 10 ** 6) if not (p := Path("runs") / f"{data}-{i}").exists())
+# %% ../nbs/library/33_cli.ipynb #ab26117a
+def _refuse_taken(out: Optional[Path]) -> None:
+    "Raises ValueError unless `out` is None, new, or an empty folder."
+    if out is None: return
     if out.is_file(): raise ValueError(f"--out {str(out)!r} is a file: give a folder that is new or empty")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out {str(out)!r} exists and is not empty: give a folder that is new or empty")
-    return out
 
+def _make_folder(out: Optional[Path], data: str) -> tuple[Path, bool]:
+    "The run folder, made: `out`, or the first free one of runs/DATA-1, runs/DATA-2, …; and whether it is new."
+    if out is not None:
+        made = not out.exists()
+        out.mkdir(parents=True, exist_ok=True)
+        return out, made
+    Path("runs").mkdir(exist_ok=True)
+    for i in count(1):
+        try: (folder := Path("runs") / f"{data}-{i}").mkdir()        # fails if another run takes it at the same moment
+        except FileExistsError: continue
+        return folder, True
+
+# %% ../nbs/library/33_cli.ipynb #c9eaa86f
 def _load_again(run: Path, data_dir: Optional[Path]) -> tuple[VAE, Data, dict[str, Any]]:
     "The model of a run, its data (looked for where they were, or in data_dir) and its config."
     config = read_config(run)
     source = config.get("data")
-    if not source: raise ValueError(f"{str(run)!r} does not say on which data it was trained: evaluate it from Python")
+    if not (isinstance(source, dict) and {"name", "root", "binarize", "seed"} <= source.keys()):
+        raise ValueError(f"config.json in {str(run)!r} does not say on which data it was trained: evaluate it from Python")
     root = data_dir or source["root"]
-    return load(run), load_data(source["name"], root=root, seed=source["seed"], binarize=source["binarize"]), config
+    try: return load(run), load_data(source["name"], root=root, seed=source["seed"], binarize=source["binarize"]), config
+    except FileNotFoundError as e: raise FileNotFoundError(f"{e}; if the data moved, say where with --data-dir") from e
+    except TypeError as e: raise ValueError(f"config.json in {str(run)!r} is damaged: {e}") from e
 
-# %% ../nbs/library/33_cli.ipynb #0ae4b8d3
+# %% ../nbs/library/33_cli.ipynb #cb2745b8
 REPORT_K = 128       # samples for each image in the report that ends a training run
 
 def _finish(folder: Path, trainer: Trainer, config: dict[str, Any], progress: bool) -> None:
-    "Save the model, evaluate it on the test images, draw the figures, and say where everything is."
-    model, data = trainer.model, trainer.data
-    save(model, folder, **config)
+    "Save the model, then report on it; Ctrl-C during the report leaves the model."
+    save(trainer.model, folder, **config)
+    try: _report(folder, trainer, progress)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped before the report; the model is kept: vae_nb evaluate {shlex.quote(str(folder))}", err=True)
+        raise typer.Exit(130) from None
+
+def _report(folder: Path, trainer: Trainer, progress: bool) -> None:
+    "Evaluate the model on the test images, draw the figures, and say where everything is."
+    model, data, history = trainer.model, trainer.data, trainer.history
     report = evaluate(model, data.test, REPORT_K, trainer.config.seed, data=data.name, split="test", progress=progress)
     write_json(folder / "report.json", report.to_dict())
-    _save_figures(folder, run_figures(model, trainer.history, data.test, data.test_labels))
-    best = max(trainer.history, key=lambda r: r["valid_elbo"])
-    done, seconds = len(trainer.history), trainer.history[-1]["seconds"]
-    stopped = f", stopped by Ctrl-C after {done} of {trainer.config.epochs} epochs" if trainer.interrupted else ""
-    typer.echo(f"\n{report}\n\nweights of epoch {best['epoch']}, the best on validation{stopped}; trained in {seconds:.0f} s\n"
+    _save_figures(folder, run_figures(model, history, data.test, data.test_labels))
+    best, name = max(history, key=lambda r: r["valid_elbo"]), shlex.quote(str(folder))
+    stopped = f", stopped by Ctrl-C after {len(history)} of {trainer.config.epochs} epochs" if trainer.interrupted else ""
+    typer.echo(f"\n{report}\n\nweights of epoch {best['epoch']}, the best on validation{stopped}; "
+               f"trained in {history[-1]['seconds']:.0f} s\n"
                f"  {folder / 'report.json'}\n  {folder / 'figures' / '*.png'}\n  {folder / 'model.safetensors'}\n"
-               f"next: vae_nb evaluate {folder} --k 5000   or   vae_nb sample {folder}")
+               f"next: vae_nb evaluate {name} --k 5000   or   vae_nb sample {name}")
 
 def _save_figures(folder: Path, figures: dict[str, Any]) -> None:
     (folder / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items(): figure.savefig(folder / "figures" / f"{name}.png", dpi=130)
 
-# %% ../nbs/library/33_cli.ipynb #af89cb86
+# %% ../nbs/library/33_cli.ipynb #8020d94c
 @app.command()
 def train(
     data: Annotated[str, typer.Option(help=f"What to learn: {_one_of(['digits', *TORCHVISION])}.")] = "digits",
@@ -90,20 +124,19 @@ def train(
         help="Folder with torchvision's files; it must exist. Default: a cache folder, with download.")] = None,
     binarize: Annotated[Optional[str], typer.Option(
         help=f"How grey levels become black and white: {_one_of(BINARIZE)}. Default: dynamic, for grey images.")] = None,
-    latent_dim: Annotated[Optional[int], typer.Option(help=f"Latent dimensions. {_default('latent_dim')}")] = None,
+    latent_dim: Annotated[Optional[int], _number(f"Latent dimensions. {_default('latent_dim')}")] = None,
     hidden: Annotated[Optional[str], typer.Option(
         help=f"Layer widths of the encoder; the decoder mirrors them. {_default('hidden')}")] = None,
     likelihood: Annotated[Optional[str], typer.Option(
         help=f"p(x|z): {_one_of(LIKELIHOODS)}. Default: what fits the data.")] = None,
     objective: Annotated[str, typer.Option(help=f"What is maximised: {_one_of(OBJECTIVES)}.")] = TrainConfig.objective,
-    k: Annotated[int, typer.Option(help="Samples of q(z|x) for each image in a step.")] = TrainConfig.k,
-    epochs: Annotated[Optional[int], typer.Option(help=f"Passes over the training images. {_default('epochs')}")] = None,
-    batch_size: Annotated[Optional[int], typer.Option(help=f"Images in a step. {_default('batch_size')}")] = None,
-    lr: Annotated[float, typer.Option(
-        help="Adam's learning rate at the start; it decays to zero along half a cosine.")] = TrainConfig.lr,
+    k: Annotated[int, _number("Samples of q(z|x) for each image in a step.")] = TrainConfig.k,
+    epochs: Annotated[Optional[int], _number(f"Passes over the training images. {_default('epochs')}")] = None,
+    batch_size: Annotated[Optional[int], _number(f"Images in a step. {_default('batch_size')}")] = None,
+    lr: Annotated[float, _number(
+        "Adam's learning rate at the start; it decays to zero along half a cosine.", float)] = TrainConfig.lr,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, … or mps.")] = TrainConfig.device,
-    seed: Annotated[int, typer.Option(
-        help="Of the initial weights, the order of images and all noise.")] = TrainConfig.seed,
+    seed: Annotated[int, _number("Of the initial weights, the order of images and all noise.")] = TrainConfig.seed,
     out: Annotated[Optional[Path], typer.Option(
         help="Run folder, new or empty. Default: runs/DATA-1, runs/DATA-2, …")] = None,
 ) -> None:
@@ -112,103 +145,120 @@ def train(
     Without options: scikit-learn's digits, two latents, under a minute on a CPU. Ctrl-C stops early and keeps what was learned.
     """
     with _asked_for():
-        folder = _new_folder(out, data)
+        _refuse_taken(out)
         given = {"latent_dim": latent_dim, "hidden": hidden, "epochs": epochs, "batch_size": batch_size}
         chosen = DEFAULTS.get(data, DEFAULTS["other"]) | {name: value for name, value in given.items() if value is not None}
         config = TrainConfig(chosen["epochs"], chosen["batch_size"], lr, objective, k, device, seed)
         widths = _widths(chosen["hidden"])
-        if chosen["latent_dim"] < 1: raise ValueError(f"latent_dim is a whole number, at least 1: got {latent_dim}")
+        whole_number("latent_dim", chosen["latent_dim"])
+        if likelihood not in (None, *LIKELIHOODS): raise ValueError(f"likelihood {likelihood!r} is unknown: choose {_one_of(LIKELIHOODS)}")
         images = load_data(data, root=data_dir, binarize=binarize)
         spec = _spec(images, likelihood)
         torch.manual_seed(seed)
         model = build_vae(**spec, latent_dim=chosen["latent_dim"], hidden=widths)
         trainer = Trainer(model, images, config)
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-    source = {"name": data, "root": None if data_dir is None else str(data_dir.resolve()), "binarize": binarize, "seed": 0}
-    _run(folder, trainer, {"data": source, "train": asdict(config), "weights": "best on validation"})
+        folder, made = _make_folder(out, data)
+    source = _source(data, data_dir, binarize)
+    _run(folder, made, trainer, {"data": source, "train": asdict(config), "weights": "best on validation"})
 
-# %% ../nbs/library/33_cli.ipynb #91c26df2
+# %% ../nbs/library/33_cli.ipynb #96c0a2cd
 def _widths(hidden: str) -> tuple[int, ...]:
     "\"256,256\" → (256, 256); an empty string is no hidden layer. Raises ValueError."
     try: return tuple(int(width) for width in hidden.split(",")) if hidden.strip() else ()
     except ValueError:
         raise ValueError(f"--hidden is whole numbers with commas between, such as 256,256: got {hidden!r}") from None
 
+def _source(data: str, data_dir: Optional[Path], binarize: Optional[str]) -> dict[str, Any]:
+    "What it takes to load the data again: an entry of config.json."
+    root = None if data_dir is None or data == "digits" else str(data_dir.resolve())
+    return {"name": data, "root": root, "binarize": binarize, "seed": 0}
+
 def _spec(data: Data, likelihood: Optional[str]) -> dict[str, Any]:
     "The data's description for `build_vae`, with another likelihood if one was asked for."
     if likelihood is None or likelihood == data.likelihood: return data.spec
+    if likelihood == "binomial": raise ValueError(f"a binomial likelihood is for counts, as in digits: {data.name} has none")
     return {**data.spec, "likelihood": likelihood, "total": None}
 
-# %% ../nbs/library/33_cli.ipynb #005afd61
-def _run(folder: Path, trainer: Trainer, config: dict[str, Any]) -> None:
-    "Train with a line in metrics.jsonl for each epoch, then finish; exit code 130 after Ctrl-C, 1 if not finite."
+# %% ../nbs/library/33_cli.ipynb #24ff432f
+def _run(folder: Path, made: bool, trainer: Trainer, config: dict[str, Any]) -> None:
+    """Train with a line in metrics.jsonl for each epoch, then finish. Exit code 130 after Ctrl-C, 1 after an error; where nothing
+    was learned, nothing is left behind."""
     write_json(folder / "config.json", {"format": FORMAT, "model": trainer.model.config, **config})
-    metrics, failed = open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1), None
-    with metrics:
+    failed, again = None, False
+    with open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1) as metrics:
         try: trainer.fit(on_epoch=lambda record: print(json.dumps(record), file=metrics))
-        except FloatingPointError as e: failed = e
+        except KeyboardInterrupt: again = True                       # a second Ctrl-C: what was learned is kept all the same
+        except (FloatingPointError, RuntimeError, MemoryError) as e: failed = str(e).splitlines()[0]
     if trainer.history: _finish(folder, trainer, config, progress=sys.stderr.isatty())
-    else: shutil.rmtree(folder)                        # nothing was learned, nothing is left behind
+    else: _take_back(folder, made)
     if failed: typer.echo(f"Error: {failed}", err=True)
-    if failed or trainer.interrupted: raise typer.Exit(1 if failed else 130)
+    if failed or again or trainer.interrupted: raise typer.Exit(1 if failed else 130)
 
-# %% ../nbs/library/33_cli.ipynb #a1737221
+def _take_back(folder: Path, made: bool) -> None:
+    "Remove what a run wrote before it learned anything, and the folder if it was new."
+    for name in ("config.json", "metrics.jsonl"): (folder / name).unlink(missing_ok=True)
+    if made: folder.rmdir()
+
+# %% ../nbs/library/33_cli.ipynb #c642353e
 Run = Annotated[Path, typer.Argument(help="A run folder of vae_nb train.")]
 
 @app.command(name="evaluate")
 def evaluate_run(
     run: Run,
-    k: Annotated[int, typer.Option(help="Samples of q(z|x) for each image: more is tighter and slower.")] = 1000,
+    k: Annotated[int, _number("Samples of q(z|x) for each image: more is tighter and slower.")] = 1000,
     split: Annotated[str, typer.Option(help="Images to evaluate: one of train, valid, test.")] = "test",
     data_dir: Annotated[Optional[Path], typer.Option(help="Folder with the data, if they moved since training.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    seed: Annotated[int, _number("Of the samples.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0, … or mps.")] = "auto",
     out: Annotated[Optional[Path], typer.Option(help="Also write the report to this new JSON file.")] = None,
 ) -> None:
     "Report log p(x), ELBO, rate and distortion of a run on held-out images."
     with _asked_for():
-        if k < 1: raise ValueError(f"--k is a whole number, at least 1: got {k}")
+        whole_number("--k", k)
+        checked_seed(seed)
         _new_file(out, (".json",))
         model, data, _ = _load_again(run, data_dir)
-        images, model = data.split(split), model.to(pick_device(device))
+        images, model = data.split(split, seed), model.to(pick_device(device))
+        model.likelihood.check(images)
     report = evaluate(model, images, k=k, seed=seed, data=data.name, split=split, progress=sys.stderr.isatty())
     if out: write_json(out, report.to_dict())
     typer.echo(f"{report}\n  {report.seconds:.1f} s on {report.device}" + (f"\n  {out}" if out else ""))
 
-# %% ../nbs/library/33_cli.ipynb #5dd2202c
+# %% ../nbs/library/33_cli.ipynb #d4dfd332
 @app.command()
 def sample(
     run: Run,
-    n: Annotated[int, typer.Option(help="How many images.")] = 100,
+    n: Annotated[int, _number("How many images.")] = 100,
     mean: Annotated[bool, typer.Option(help="The mean of p(x|z), or with --no-mean a sample of it.")] = True,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    seed: Annotated[int, _number("Of the samples.")] = 0,
     out: Annotated[Optional[Path], typer.Option(
         help="New file: .png for a picture, .npz for an array called x. Default: RUN/figures/samples-….png")] = None,
 ) -> None:
     "Draw new images from a run's model: z from the prior, decoded."
     with _asked_for():
-        if n < 1: raise ValueError(f"--n is a whole number, at least 1: got {n}")
-        if seed < 0: raise ValueError(f"--seed is a whole number, at least 0: got {seed}")
+        whole_number("--n", n)
+        checked_seed(seed)
         _new_file(out, (".png", ".npz"))
         model = load(run)
-    path = out or run / "figures" / f"samples-{n}{'' if mean else '-drawn'}-seed{seed}.png"
-    torch.manual_seed(seed)
-    if path.suffix == ".npz": np.savez(path, x=model.sample(n, mean=mean).numpy())
-    else:
-        path.parent.mkdir(exist_ok=True)
-        plot_samples(model, n, mean=mean).savefig(path, dpi=130)
+        path = out or run / "figures" / f"samples-{n}{'' if mean else '-drawn'}-seed{seed}.png"
+        torch.manual_seed(seed)
+        if path.suffix == ".npz": np.savez(path, x=model.sample(n, mean=mean).numpy())
+        else:
+            path.parent.mkdir(exist_ok=True)
+            plot_samples(model, n, mean=mean).savefig(path, dpi=130)
     typer.echo(f"{n} images: {path}")
 
-# %% ../nbs/library/33_cli.ipynb #066c56a7
+# %% ../nbs/library/33_cli.ipynb #16e5a8f0
 def _new_file(path: Optional[Path], endings: tuple[str, ...]) -> None:
     "Raises ValueError unless `path` is None or a file that can be made: right ending, not there yet, in a folder that is."
     if path is None: return
     if path.suffix not in endings: raise ValueError(f"--out ends in {' or '.join(endings)}: got {str(path)!r}")
     if path.exists(): raise ValueError(f"--out {str(path)!r} exists already: give the name of a new file")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out {str(path)!r}: the folder {str(path.parent)!r} does not exist")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--out {str(path)!r}: {str(path.parent)!r} is not a folder that can be written to")
 
-# %% ../nbs/library/33_cli.ipynb #343204f5
+# %% ../nbs/library/33_cli.ipynb #a595678a
 def main() -> None:
     "What the shell command `vae_nb` calls."
+    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="replace")      # a terminal may not know every sign
     app()

@@ -22,7 +22,7 @@ def binarize_once(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "Grey levels 0 … 255 (uint8) → 0 or 1 (uint8): a pixel is 1 with probability grey / 255."
     return (rng.random(images.shape) < images / 255).astype(np.uint8)
 
-# %% ../nbs/library/26_data.ipynb #c81862c2
+# %% ../nbs/library/26_data.ipynb #c1202c42
 @dataclass
 class Data:
     """Images split for training, choosing and testing.
@@ -56,11 +56,11 @@ class Data:
         x = stored.float() / 255 if self.grey else stored.float()
         return torch.bernoulli(x, generator=generator) if self.dynamic else x
 
-    def split(self, name: str) -> Tensor:
-        "The images called train, valid or test. Raises ValueError for another name."
+    def split(self, name: str, seed: int = 0) -> Tensor:
+        "The images called train, valid or test; `seed` is of the binarisation of train. Raises ValueError for another name."
         if name not in ("train", "valid", "test"):
             raise ValueError(f"split {name!r} is unknown: choose one of train, valid, test")
-        return self.observe(self.train) if name == "train" else getattr(self, name)
+        return self.observe(self.train, torch.Generator().manual_seed(seed)) if name == "train" else getattr(self, name)
 
 # %% ../nbs/library/26_data.ipynb #460e5b4e
 def _split(x: np.ndarray, y: np.ndarray | None, n_valid: int, n_test: int, seed: int) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def _digits(seed: int) -> Data:
     cuts = _split(digits.images.astype(np.uint8), digits.target, 300, 300, seed)
     return Data("digits", **cuts, likelihood="binomial", total=16)
 
-# %% ../nbs/library/26_data.ipynb #2a21ab1b
+# %% ../nbs/library/26_data.ipynb #23330409
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 
 def cache_folder() -> Path:
@@ -85,7 +85,8 @@ def cache_folder() -> Path:
 
 def _must_be_folder(root: str | Path | None) -> None:
     if root is not None and not Path(root).is_dir():
-        raise FileNotFoundError(f"the data folder {str(root)!r} does not exist: it must be a folder")
+        what = "is a file" if Path(root).exists() else "does not exist"
+        raise FileNotFoundError(f"the data folder {str(root)!r} {what}: it must be a folder that is there")
 
 def _torchvision(name: str, root: str | Path | None) -> tuple[Any, Any]:
     "The training and the test file of one of TORCHVISION's sets. Raises FileNotFoundError that says what goes where."
@@ -96,11 +97,12 @@ def _torchvision(name: str, root: str | Path | None) -> tuple[Any, Any]:
     try: return tuple(cls(str(folder), train=train, download=root is None) for train in (True, False))
     except Exception as e:  # torchvision raises RuntimeError, URLError or OSError here, with many lines
         raw = folder / TORCHVISION[name] / "raw"
+        if any(raw.glob("*-ubyte")): raise FileNotFoundError(f"the files in {str(raw)!r} cannot be read ({e}): replace them") from e
         files = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte"
         raise FileNotFoundError(
-            f"{name} is not in {str(folder)!r}" + ("" if root else " and could not be downloaded")
+            f"{name} is not in {str(folder)!r}" + ("" if root is not None else " and could not be downloaded")
             + f": put its unpacked files {files} into {str(raw)!r}"
-            + (", or leave the data folder out to download them" if root else "")) from e
+            + (", or leave the data folder out to download them" if root is not None else "")) from e
 
 # %% ../nbs/library/26_data.ipynb #c039d327
 def _grey_images(name: str, root: str | Path | None, binarize: str, seed: int) -> Data:
@@ -115,7 +117,7 @@ def _grey_images(name: str, root: str | Path | None, binarize: str, seed: int) -
                 likelihood="gaussian" if binarize == "none" else "bernoulli",
                 grey=binarize != "static", dynamic=binarize == "dynamic")
 
-# %% ../nbs/library/26_data.ipynb #547279b7
+# %% ../nbs/library/26_data.ipynb #6a881548
 def load_data(source: Any, root: str | Path | None = None, seed: int = 0, binarize: str | None = None) -> Data:
     """A data set by name (digits, mnist, fashion-mnist, kmnist), or from an array or tensor (n, ...) of real numbers.
 
@@ -143,7 +145,8 @@ def _array(x: Any, binarize: str | None, seed: int) -> Data:
         raise ValueError(f"an array is taken as it is: binarize is none, got {binarize!r}")
     if x.ndim < 2 or len(x) < 10:
         raise ValueError(f"an array is (n, ...) with n at least 10, to be split in three: got shape {x.shape}")
-    if not np.issubdtype(x.dtype, np.number) or not np.isfinite(x).all():
-        raise ValueError("an array holds finite numbers: got NaN, infinite or other entries")
+    if x.dtype.kind not in "biuf": raise ValueError(f"an array holds real numbers: got dtype {x.dtype}")
+    x = x.astype(np.float32)
+    if not np.isfinite(x).all(): raise ValueError("an array holds finite numbers: got NaN, infinite or too large entries")
     n = max(1, math.floor(0.1 * len(x)))
-    return Data("array", **_split(x.astype(np.float32), None, n, n, seed))
+    return Data("array", **_split(x, None, n, n, seed))

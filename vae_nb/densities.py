@@ -49,14 +49,15 @@ class DiagonalNormal(Independent):
         return (self.base_dist.loc + self.base_dist.scale * noise,
                 (log_normal(noise, 0.0, 1.0) - self.base_dist.scale.log()).sum(-1))
 
-# %% ../nbs/derivation/02_densities.ipynb #e21844a2
+# %% ../nbs/derivation/02_densities.ipynb #06403061
 def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
     "log probability of a binary x given log odds, entry by entry, in nats (equation 2.5); safe for any logits."
-    return x * logits - F.softplus(logits)
+    return x.to(logits.dtype) * logits - F.softplus(logits)
 
-# %% ../nbs/derivation/02_densities.ipynb #521b2cca
+# %% ../nbs/derivation/02_densities.ipynb #874ec219
 def log_binomial(x: Tensor, total: int, logits: Tensor) -> Tensor:
     "log probability of x ones among `total` trials given log odds, entry by entry, in nats (equation 2.6)."
+    x = x.to(logits.dtype)                       # counts often come as bytes, which would overflow
     ways = math.lgamma(total + 1) - torch.lgamma(x + 1) - torch.lgamma(total - x + 1)
     return ways + x * logits - total * F.softplus(logits)
 

@@ -6,13 +6,14 @@
 __all__ = ['Terms', 'sample_and_log_prob', 'log_terms', 'log_weights', 'elbo', 'exact_elbo', 'mean_and_scale', 'rate',
            'distortion']
 
-# %% ../nbs/derivation/04_elbo.ipynb #554205fa
+# %% ../nbs/derivation/04_elbo.ipynb #12d9d26c
 from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
-from .evidence import LatentModel, LinearGaussian
+from .checks import whole_number
 from .densities import kl_gaussian
+from .evidence import LatentModel, LinearGaussian
 
 # %% ../nbs/derivation/04_elbo.ipynb #41bba6c3
 class Terms(NamedTuple):
@@ -34,7 +35,7 @@ def sample_and_log_prob(dist: Distribution, k: int) -> tuple[Tensor, Tensor]:
     z = dist.rsample((k,)) if dist.has_rsample else dist.sample((k,))
     return z, dist.log_prob(z)
 
-# %% ../nbs/derivation/04_elbo.ipynb #b013be75
+# %% ../nbs/derivation/04_elbo.ipynb #b9f1b0e3
 def log_terms(model: LatentModel,                       # prior(), likelihood(z), posterior(x)
               x: Tensor,                                # (n, ...) images
               k: int = 1,                               # samples for each image
@@ -45,7 +46,7 @@ def log_terms(model: LatentModel,                       # prior(), likelihood(z)
 
     A condition, if given, goes to all three distributions. Raises ValueError for k < 1.
     """
-    if k < 1: raise ValueError(f"k is the number of samples for each image, at least 1: got {k}")
+    k = whole_number("k, the samples for each image,", k)
     given = () if condition is None else (condition,)
     q = model.posterior(x, *given) if posterior is None else posterior
     z, log_q = sample_and_log_prob(q, k)

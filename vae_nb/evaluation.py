@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'GROUP', 'grouped_terms', 'Report', 'evaluate', 'active_units']
 
-# %% ../nbs/library/27_evaluation.ipynb #f5fec020
+# %% ../nbs/library/27_evaluation.ipynb #5b01fef5
 import math
 import time
 from collections.abc import Iterator
@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from tqdm.auto import tqdm
+from .checks import whole_number
 from .elbo import Terms, distortion, elbo, log_terms, rate
 from .importance import iwae
 
-# %% ../nbs/library/27_evaluation.ipynb #acafb3c0
+# %% ../nbs/library/27_evaluation.ipynb #38187402
 BLOCK = 2 ** 22      # pixels (k × n × pixels of an image) in one forward pass
 GROUP = 2 ** 21      # log weights (k × n) kept at a time
 
@@ -27,14 +29,20 @@ def _home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 @contextmanager
 def _frozen(model: nn.Module, seed: int) -> Iterator[None]:
-    "No gradients, evaluation mode, noise from `seed`; afterwards everything is as it was, the random state too."
-    training, device = model.training, _home(model)[0]
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    "No gradients, evaluation mode, noise from `seed`; afterwards modes and random states, of all devices, are as they were."
+    modes = {module: module.training for module in model.modules()}
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    with torch.no_grad(), torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model.eval()
         try: yield
-        finally: model.train(training)
+        finally:
+            for module, training in modes.items(): module.training = training
+            if cuda is not None: torch.cuda.set_rng_state_all(cuda)
+            if mps is not None: torch.mps.set_rng_state(mps)
 
+# %% ../nbs/library/27_evaluation.ipynb #f8a619fa
 def grouped_terms(model: nn.Module, x: Tensor, k: int, progress: bool = False) -> Iterator[tuple[slice, Terms]]:
     "Groups of images and their terms: log densities (k, group) in float64 on the CPU; z is left out (empty)."
     device, dtype = _home(model)
@@ -44,11 +52,11 @@ def grouped_terms(model: nn.Module, x: Tensor, k: int, progress: bool = False) -
         for start in range(0, len(x), group):
             images = x[start:start + group].to(device, dtype)
             passes = [log_terms(model, images, min(block, k - done))[1:] for done in range(0, k, block)]
-            log_densities = (torch.cat(t).double().cpu() for t in zip(*passes))
+            log_densities = (torch.cat(t).cpu().double() for t in zip(*passes))
             yield slice(start, start + group), Terms(images.new_empty(0), *log_densities)
             bar.update(len(images))
 
-# %% ../nbs/library/27_evaluation.ipynb #ff7ebf90
+# %% ../nbs/library/27_evaluation.ipynb #23a3859f
 @dataclass(frozen=True)
 class Report:
     "What `evaluate` found: nats per image, means over n images; standard errors are over images (NaN for a single one)"
@@ -68,8 +76,8 @@ class Report:
     device: str
 
     def to_dict(self) -> dict[str, float | int | str | None]:
-        "For JSON: NaN becomes None."
-        return {name: None if value != value else value for name, value in asdict(self).items()}
+        "For JSON: NaN and infinities become None."
+        return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in asdict(self).items()}
 
     def __str__(self) -> str:
         return (f"{self.data} {self.split}, {self.n} images, {self.k} samples each, nats per image\n"
@@ -79,7 +87,7 @@ class Report:
                 f"      − distortion {self.distortion:9.3f}   (what is left of the image then)\n"
                 f"  active units  {self.active_units:5d}")
 
-# %% ../nbs/library/27_evaluation.ipynb #f48da997
+# %% ../nbs/library/27_evaluation.ipynb #67be9531
 def _se(per_image: Tensor) -> float:
     "Standard error of the mean over images."
     return (per_image.std() / math.sqrt(len(per_image))).item() if len(per_image) > 1 else math.nan
@@ -91,24 +99,31 @@ def evaluate(model: nn.Module, x: Tensor, k: int = 1000, seed: int = 0,
     The model is any `LatentModel` that is an nn.Module; its mode and torch's random state are left as they were.
     data and split are names for the report. Raises ValueError for k < 1 and for images that the likelihood does not cover.
     """
-    if k < 1: raise ValueError(f"k is the number of samples for each image, at least 1: got {k}")
+    x, k = torch.as_tensor(x), whole_number("k, the samples for each image,", k)
+    if not len(x): raise ValueError("there are no images: at least one is needed")
     if hasattr(model.likelihood, "check"): model.likelihood.check(x)
     start, per_image = time.perf_counter(), []
     with _frozen(model, seed):
         for _, terms in grouped_terms(model, x, k, progress):
             jensen = (iwae(terms.log_w) - elbo(terms.log_w)).clamp_min(0)
-            per_image.append(torch.stack([rate(terms), distortion(terms), jensen]))
+            per_image.append(torch.stack([rate(terms), distortion(terms), jensen, iwae(terms.log_w)]))
         units = active_units(model, x)
-    rates, distortions, jensens = torch.cat(per_image, dim=1)
+    rates, distortions, jensens, bounds = torch.cat(per_image, dim=1)
     r, d, g, elbos = rates.mean().item(), distortions.mean().item(), jensens.mean().item(), -rates - distortions
-    return Report(log_px=-r - d + g, log_px_se=_se(elbos + jensens), elbo=-r - d, elbo_se=_se(elbos), rate=r, distortion=d,
+    log_px = -r - d + g if math.isfinite(r + d) else bounds.mean().item()         # a weight of zero: the ELBO is -inf, the bound is not
+    return Report(log_px=log_px, log_px_se=_se(bounds), elbo=-r - d, elbo_se=_se(elbos), rate=r, distortion=d,
                   k=k, n=len(x), active_units=units, seconds=time.perf_counter() - start, seed=seed, data=data, split=split,
                   device=str(_home(model)[0]))
 
-# %% ../nbs/library/27_evaluation.ipynb #6c325495
+# %% ../nbs/library/27_evaluation.ipynb #7d08aaa4
+def _mean(q: Distribution) -> Tensor:
+    "The mean of q, or of 100 samples where it is not known in closed form."
+    try: return q.mean
+    except NotImplementedError: return q.sample((100,)).mean(0)
+
 @torch.no_grad()
 def active_units(model: nn.Module, x: Tensor, threshold: float = 0.01) -> int:
     """How many latent dimensions have a posterior mean whose variance over the images x is above `threshold`
     (Burda et al. 2015)."""
-    means = torch.cat([model.posterior(part.to(*_home(model))).mean for part in x.split(4096)])
+    means = torch.cat([_mean(model.posterior(part.to(*_home(model)))) for part in x.split(4096)])
     return int((means.var(0, unbiased=False) > threshold).sum())

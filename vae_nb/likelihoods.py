@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['LIKELIHOODS', 'Likelihood', 'Bernoulli', 'Binomial', 'Gaussian']
 
-# %% ../nbs/library/20_likelihoods.ipynb #0f242f34
+# %% ../nbs/library/20_likelihoods.ipynb #404f6163
 import math
 import torch
 from torch import Tensor, nn
 from torch import distributions as D
+from .checks import whole_number
 from .densities import DiagonalNormal, log_bernoulli, log_binomial, log_normal
 
 # %% ../nbs/library/20_likelihoods.ipynb #298496c5
@@ -60,7 +61,7 @@ class _Binomial(D.Binomial):
 class _Normal(D.Normal):
     def log_prob(self, value: Tensor) -> Tensor: return log_normal(value, self.loc, self.scale)
 
-# %% ../nbs/library/20_likelihoods.ipynb #308f84ca
+# %% ../nbs/library/20_likelihoods.ipynb #2a6887fa
 class Bernoulli(Likelihood):
     "Pixels 0 or 1; the network gives log odds of a one (equation 2.5)."
     largest = 1.0
@@ -71,19 +72,20 @@ class Bernoulli(Likelihood):
 
     def check(self, x: Tensor) -> None:
         super().check(x)
+        x = x.float()
         grey = x[(x != 0) & (x != 1)]
         if len(grey):
             raise ValueError("a Bernoulli likelihood needs pixels that are 0 or 1: "
                              f"got {grey[0].item():g} among others; binarize the data ('dynamic' or 'static'), "
                              "or choose a gaussian likelihood for grey levels")
 
-# %% ../nbs/library/20_likelihoods.ipynb #0dc3bf9a
+# %% ../nbs/library/20_likelihoods.ipynb #f4fbdb61
 class Binomial(Likelihood):
     "Pixels count ones among `total` trials, 0 … total; the network gives the log odds of a one (equation 2.6)."
     def __init__(self, network: nn.Module, shape: tuple[int, ...], total: int) -> None:
         super().__init__(network, shape)
-        if total < 1: raise ValueError(f"total is the largest possible count, at least 1: got {total}")
-        self.total, self.largest = int(total), float(total)
+        self.total = whole_number("total, the largest possible count,", total)
+        self.largest = float(self.total)
 
     def distribution(self, params: Tensor) -> D.Distribution: return _Binomial(self.total, params)
 
@@ -91,6 +93,7 @@ class Binomial(Likelihood):
 
     def check(self, x: Tensor) -> None:
         super().check(x)
+        x = x.float()
         if ((x != x.round()) | (x < 0) | (x > self.total)).any():
             raise ValueError(f"a binomial likelihood with total={self.total} needs whole numbers 0 … {self.total}: "
                              f"got values from {x.min().item():g} to {x.max().item():g}; "

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['VAE', 'build_vae']
 
-# %% ../nbs/library/24_model.ipynb #0c73a1ab
+# %% ../nbs/library/24_model.ipynb #bc19ffcd
 from typing import Any, Sequence
 import torch
 from torch import Tensor, nn
-from .likelihoods import LIKELIHOODS, Likelihood
+from .checks import whole_number
+from .likelihoods import LIKELIHOODS
 from .networks import MLP
 from .posteriors import DiagonalPosterior
 from .priors import StandardNormal
 
-# %% ../nbs/library/24_model.ipynb #f4320743
+# %% ../nbs/library/24_model.ipynb #7074c35f
 class VAE(nn.Module):
     """A variational autoencoder: p(x|z), q(z|x) and p(z), any modules that return distributions (see `LatentModel`).
 
@@ -24,6 +25,10 @@ class VAE(nn.Module):
         super().__init__()
         self.likelihood, self.posterior, self.prior = likelihood, posterior, prior
         self.config: dict[str, Any] | None = None  # what `build` was called with: enough to make the model again
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("likelihood", "posterior", "prior"): self.__dict__["config"] = None      # another part: not what was built
+        super().__setattr__(name, value)
 
     def place(self, t: Tensor) -> Tensor:
         "t on the model's device and in its dtype."
@@ -52,12 +57,7 @@ class VAE(nn.Module):
         """
         return self.decode(self.encode(x))
 
-# %% ../nbs/library/24_model.ipynb #45278063
-def _positive(name: str, value: int) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is a whole number, at least 1: got {value!r}")
-    return value
-
+# %% ../nbs/library/24_model.ipynb #7ac08c18
 def build_vae(shape: Sequence[int], latent_dim: int = 2, likelihood: str = "bernoulli",
               hidden: Sequence[int] = (256, 256, 256), total: int | None = None, mean: Tensor | None = None) -> VAE:
     """A VAE with MLPs on both sides, a diagonal Gaussian posterior and a standard normal prior.
@@ -71,9 +71,9 @@ def build_vae(shape: Sequence[int], latent_dim: int = 2, likelihood: str = "bern
     if (likelihood == "binomial") != (total is not None):
         raise ValueError("total, the largest possible count, goes with a binomial likelihood: "
                          f"got likelihood={likelihood!r}, total={total}")
-    shape = tuple(_positive("each entry of shape", s) for s in shape)
-    hidden = tuple(_positive("each hidden width", h) for h in hidden)
-    d_z, options = _positive("latent_dim", latent_dim), {} if total is None else {"total": total}
+    shape = tuple(whole_number("each entry of shape", s) for s in shape)
+    hidden = tuple(whole_number("each hidden width", h) for h in hidden)
+    d_z, options = whole_number("latent_dim", latent_dim), {} if total is None else {"total": total}
     decoder = MLP((d_z,), torch.Size(shape).numel(), hidden[::-1])
     encoder = MLP(shape, DiagonalPosterior.n_params(d_z), hidden, scale=1 / (total or 1))
     model = VAE(LIKELIHOODS[likelihood](decoder, shape, **options), DiagonalPosterior(encoder), StandardNormal(d_z))

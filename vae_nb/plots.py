@@ -73,10 +73,10 @@ def plot_latent_map(model: VAE, x: Tensor, labels: Tensor | None = None,
     xy = torch.stack([means[:, dims[0]], means[:, dims[-1]] if len(dims) > 1 else torch.zeros(len(means))], dim=1)
     return points(xy, labels, _name(dims[0]), _name(dims[-1]) if len(dims) > 1 else "", title)
 
-# %% ../nbs/library/30_plots.ipynb #81ca5571
+# %% ../nbs/library/30_plots.ipynb #c7f25f23
 def plot_prior_predictive(model: VAE, dims: Sequence[int] = (0, 1), side: int = 15, extent: float = 3.0) -> Figure:
     "Mean images on a side × side grid over [-extent, extent]² of two latent dimensions; the others are zero."
-    line = torch.linspace(-extent, extent, side)
+    dims, line = list(dims)[:model.prior().event_shape[0]], torch.linspace(-extent, extent, side)
     z = torch.zeros(side, side, model.prior().event_shape[0])
     z[..., dims[0]] = line
     if len(dims) > 1: z[..., dims[1]] = line.flip(0)[:, None]  # up is positive, as on the map
