@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'DEFAULTS', 'REPORT_K', 'Run', 'train', 'evaluate_run', 'sample', 'main']
 
-# %% ../nbs/library/33_cli.ipynb #67647e8d
+# %% ../nbs/library/33_cli.ipynb #ba626816
 import json
 import os
 import shlex
@@ -27,7 +27,7 @@ from .likelihoods import LIKELIHOODS
 from .model import VAE, build_vae
 from .objectives import OBJECTIVES
 from .plots import plot_samples, run_figures
-from .trainer import TrainConfig, Trainer, checked_seed, pick_device
+from .trainer import TrainConfig, Trainer, checked_seed, pick_device, stop_on_interrupt
 
 # %% ../nbs/library/33_cli.ipynb #1a158f7a
 app = typer.Typer(help="Variational autoencoders: train, evaluate, sample. Every figure is in nats per image.",
@@ -88,16 +88,8 @@ def _load_again(run: Path, data_dir: Optional[Path]) -> tuple[VAE, Data, dict[st
     except FileNotFoundError as e: raise FileNotFoundError(f"{e}; if the data moved, say where with --data-dir") from e
     except TypeError as e: raise ValueError(f"config.json in {str(run)!r} is damaged: {e}") from e
 
-# %% ../nbs/library/33_cli.ipynb #cb2745b8
+# %% ../nbs/library/33_cli.ipynb #59f40ed1
 REPORT_K = 128       # samples for each image in the report that ends a training run
-
-def _finish(folder: Path, trainer: Trainer, config: dict[str, Any], progress: bool) -> None:
-    "Save the model, then report on it; Ctrl-C during the report leaves the model."
-    save(trainer.model, folder, **config)
-    try: _report(folder, trainer, progress)
-    except KeyboardInterrupt:
-        typer.echo(f"stopped before the report; the model is kept: vae_nb evaluate {shlex.quote(str(folder))}", err=True)
-        raise typer.Exit(130) from None
 
 def _report(folder: Path, trainer: Trainer, progress: bool) -> None:
     "Evaluate the model on the test images, draw the figures, and say where everything is."
@@ -179,20 +171,25 @@ def _spec(data: Data, likelihood: Optional[str]) -> dict[str, Any]:
     if likelihood == "binomial": raise ValueError(f"a binomial likelihood is for counts, as in digits: {data.name} has none")
     return {**data.spec, "likelihood": likelihood, "total": None}
 
-# %% ../nbs/library/33_cli.ipynb #24ff432f
+# %% ../nbs/library/33_cli.ipynb #16c95c77
 def _run(folder: Path, made: bool, trainer: Trainer, config: dict[str, Any]) -> None:
     """Train with a line in metrics.jsonl for each epoch, then finish. Exit code 130 after Ctrl-C, 1 after an error; where nothing
     was learned, nothing is left behind."""
     write_json(folder / "config.json", {"format": FORMAT, "model": trainer.model.config, **config})
-    failed, again = None, False
-    with open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1) as metrics:
+    failed = None
+    with stop_on_interrupt() as again, open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1) as metrics:
         try: trainer.fit(on_epoch=lambda record: print(json.dumps(record), file=metrics))
-        except KeyboardInterrupt: again = True                       # a second Ctrl-C: what was learned is kept all the same
+        except KeyboardInterrupt: again.set()
         except (FloatingPointError, RuntimeError, MemoryError) as e: failed = str(e).splitlines()[0]
-    if trainer.history: _finish(folder, trainer, config, progress=sys.stderr.isatty())
-    else: _take_back(folder, made)
+        if trainer.history: save(trainer.model, folder, **config)    # a second Ctrl-C waits until here, then skips the report
+    if not trainer.history: _take_back(folder, made)
+    elif not again.is_set():
+        try: _report(folder, trainer, progress=sys.stderr.isatty())
+        except KeyboardInterrupt: again.set()
+    if again.is_set() and trainer.history:
+        typer.echo(f"stopped before the report; the model is kept: vae_nb evaluate {shlex.quote(str(folder))}", err=True)
     if failed: typer.echo(f"Error: {failed}", err=True)
-    if failed or again or trainer.interrupted: raise typer.Exit(1 if failed else 130)
+    if failed or again.is_set() or trainer.interrupted: raise typer.Exit(1 if failed else 130)
 
 def _take_back(folder: Path, made: bool) -> None:
     "Remove what a run wrote before it learned anything, and the folder if it was new."
