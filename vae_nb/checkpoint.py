@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['FORMAT', 'write_atomically', 'write_json', 'save', 'read_config', 'load']
 
-# %% ../nbs/library/28_checkpoint.ipynb #7dc976bc
+# %% ../nbs/library/28_checkpoint.ipynb #c22281a7
 import json
 import os
 from pathlib import Path
 from typing import Any
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as tensor_bytes
 from torch import nn

@@ -76,15 +76,15 @@ def _make_folder(out: Optional[Path], data: str) -> tuple[Path, bool]:
         except FileExistsError: continue
         return folder, True
 
-# %% ../nbs/library/33_cli.ipynb #c9eaa86f
-def _load_again(run: Path, data_dir: Optional[Path]) -> tuple[VAE, Data, dict[str, Any]]:
-    "The model of a run, its data (looked for where they were, or in data_dir) and its config."
+# %% ../nbs/library/33_cli.ipynb #67ebd9af
+def _load_again(run: Path, data_dir: Optional[Path]) -> tuple[VAE, Data]:
+    "The model of a run and its data, looked for where they were, or in data_dir."
     config = read_config(run)
     source = config.get("data")
     if not (isinstance(source, dict) and {"name", "root", "binarize", "seed"} <= source.keys()):
         raise ValueError(f"config.json in {str(run)!r} does not say on which data it was trained: evaluate it from Python")
     root = data_dir or source["root"]
-    try: return load(run), load_data(source["name"], root=root, seed=source["seed"], binarize=source["binarize"]), config
+    try: return load(run), load_data(source["name"], root=root, seed=source["seed"], binarize=source["binarize"])
     except FileNotFoundError as e: raise FileNotFoundError(f"{e}; if the data moved, say where with --data-dir") from e
     except TypeError as e: raise ValueError(f"config.json in {str(run)!r} is damaged: {e}") from e
 
@@ -196,7 +196,7 @@ def _take_back(folder: Path, made: bool) -> None:
     for name in ("config.json", "metrics.jsonl"): (folder / name).unlink(missing_ok=True)
     if made: folder.rmdir()
 
-# %% ../nbs/library/33_cli.ipynb #c642353e
+# %% ../nbs/library/33_cli.ipynb #86c5e509
 Run = Annotated[Path, typer.Argument(help="A run folder of vae_nb train.")]
 
 @app.command(name="evaluate")
@@ -214,7 +214,7 @@ def evaluate_run(
         whole_number("--k", k)
         checked_seed(seed)
         _new_file(out, (".json",))
-        model, data, _ = _load_again(run, data_dir)
+        model, data = _load_again(run, data_dir)
         images, model = data.split(split, seed), model.to(pick_device(device))
         model.likelihood.check(images)
     report = evaluate(model, images, k=k, seed=seed, data=data.name, split=split, progress=sys.stderr.isatty())

@@ -42,9 +42,9 @@ def _frozen(model: nn.Module, seed: int) -> Iterator[None]:
             if cuda is not None: torch.cuda.set_rng_state_all(cuda)
             if mps is not None: torch.mps.set_rng_state(mps)
 
-# %% ../nbs/library/27_evaluation.ipynb #f8a619fa
-def grouped_terms(model: nn.Module, x: Tensor, k: int, progress: bool = False) -> Iterator[tuple[slice, Terms]]:
-    "Groups of images and their terms: log densities (k, group) in float64 on the CPU; z is left out (empty)."
+# %% ../nbs/library/27_evaluation.ipynb #a06399bb
+def grouped_terms(model: nn.Module, x: Tensor, k: int, progress: bool = False) -> Iterator[Terms]:
+    "The terms of the images, group by group: log densities (k, group) in float64 on the CPU; z is left out (empty)."
     device, dtype = _home(model)
     block = max(1, min(k, BLOCK // x[0].numel()))                                      # samples in one pass
     group = max(1, min(BLOCK // (block * x[0].numel()), GROUP // k))                    # images in one pass
@@ -53,7 +53,7 @@ def grouped_terms(model: nn.Module, x: Tensor, k: int, progress: bool = False) -
             images = x[start:start + group].to(device, dtype)
             passes = [log_terms(model, images, min(block, k - done))[1:] for done in range(0, k, block)]
             log_densities = (torch.cat(t).cpu().double() for t in zip(*passes))
-            yield slice(start, start + group), Terms(images.new_empty(0), *log_densities)
+            yield Terms(images.new_empty(0), *log_densities)
             bar.update(len(images))
 
 # %% ../nbs/library/27_evaluation.ipynb #23a3859f
@@ -87,7 +87,7 @@ class Report:
                 f"      − distortion {self.distortion:9.3f}   (what is left of the image then)\n"
                 f"  active units  {self.active_units:5d}")
 
-# %% ../nbs/library/27_evaluation.ipynb #67be9531
+# %% ../nbs/library/27_evaluation.ipynb #5ca1fe6d
 def _se(per_image: Tensor) -> float:
     "Standard error of the mean over images."
     return (per_image.std() / math.sqrt(len(per_image))).item() if len(per_image) > 1 else math.nan
@@ -104,9 +104,10 @@ def evaluate(model: nn.Module, x: Tensor, k: int = 1000, seed: int = 0,
     if hasattr(model.likelihood, "check"): model.likelihood.check(x)
     start, per_image = time.perf_counter(), []
     with _frozen(model, seed):
-        for _, terms in grouped_terms(model, x, k, progress):
-            jensen = (iwae(terms.log_w) - elbo(terms.log_w)).clamp_min(0)
-            per_image.append(torch.stack([rate(terms), distortion(terms), jensen, iwae(terms.log_w)]))
+        for terms in grouped_terms(model, x, k, progress):
+            bound = iwae(terms.log_w)
+            jensen = (bound - elbo(terms.log_w)).clamp_min(0)
+            per_image.append(torch.stack([rate(terms), distortion(terms), jensen, bound]))
         units = active_units(model, x)
     rates, distortions, jensens, bounds = torch.cat(per_image, dim=1)
     r, d, g, elbos = rates.mean().item(), distortions.mean().item(), jensens.mean().item(), -rates - distortions

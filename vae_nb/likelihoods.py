@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LIKELIHOODS', 'Likelihood', 'Bernoulli', 'Binomial', 'Gaussian']
 
-# %% ../nbs/library/20_likelihoods.ipynb #404f6163
+# %% ../nbs/library/20_likelihoods.ipynb #1dc8e92b
 import math
 import torch
 from torch import Tensor, nn
 from torch import distributions as D
 from .checks import whole_number
-from .densities import DiagonalNormal, log_bernoulli, log_binomial, log_normal
+from .densities import log_bernoulli, log_binomial, log_normal
 
 # %% ../nbs/library/20_likelihoods.ipynb #298496c5
 class Likelihood(nn.Module):

@@ -59,12 +59,13 @@ def plot_samples(model: VAE, n: int = 100, mean: bool = True, title: str | None 
     return image_grid(_pictures(model.sample(n, mean=mean)), ncol=min(n, 20), vmax=_ink(model),
                       title=title or f"{n} samples of the prior, decoded")
 
-# %% ../nbs/library/30_plots.ipynb #708a0c0d
+# %% ../nbs/library/30_plots.ipynb #678e6351
 def _name(dim: int) -> str: return "z" + "".join("₀₁₂₃₄₅₆₇₈₉"[int(c)] for c in str(dim + 1))
 
 def widest(model: VAE, x: Tensor) -> list[int]:
     "The (at most) two latent dimensions whose posterior means vary most over x, in their own order."
-    return sorted(model.encode(x).var(0, unbiased=False).topk(min(2, model.encode(x[:1]).shape[1])).indices.tolist())
+    means = model.encode(x)
+    return sorted(means.var(0, unbiased=False).topk(min(2, means.shape[1])).indices.tolist())
 
 def plot_latent_map(model: VAE, x: Tensor, labels: Tensor | None = None,
                     title: str = "Posterior means of held-out images") -> Figure:
