@@ -25,6 +25,7 @@ from nbdev.doclinks import nbglob
 
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTIVE = re.compile(r"\s*#\s*\|\s*(.*)")
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 TITLE_CELL = re.compile(r"# \S.*\n+> \S.*\n?")
 
 
@@ -55,7 +56,8 @@ def directives(cell: dict[str, Any]) -> list[str]:
 # ---- clean
 
 def clean_outputs(outputs: list[dict[str, Any]]) -> None:
-    """Empty what a front end or a kernel adds to outputs, in place."""
+    """Empty what a front end or a kernel adds to outputs, in place; a widget's view goes, since without its kernel it shows nothing."""
+    outputs[:] = [output for output in outputs if WIDGET_VIEW not in output.get("data", {})]
     for output in outputs:
         if "metadata" in output: output["metadata"] = {}
         if "execution_count" in output: output["execution_count"] = None
@@ -83,6 +85,7 @@ def cell_faults(cell: dict[str, Any]) -> Iterator[str]:
     if len(found) < sum(bool(DIRECTIVE.match(line)) for line in source(cell).splitlines()):
         yield "has a `#|` line below other lines, where nbdev doesn't see it"
     for output in cell.get("outputs", []):
+        if WIDGET_VIEW in output.get("data", {}): yield "shows a widget, which is dead on a page: run tools/notebooks.py clean"
         if output["output_type"] == "error": yield f"shows an error: {output['ename']}: {output['evalue']}"
 
 

@@ -13,25 +13,25 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor
 
-# %% ../nbs/derivation/00_checks.ipynb #4ff3f717
+# %% ../nbs/derivation/00_checks.ipynb #3173ebfa
 def _sides(a: Any, b: Any) -> tuple[Tensor, Tensor]:
     "Both sides as tensors of one shape; only one of them may have been expanded."
-    a, b = (s.detach() if isinstance(s, Tensor) else torch.as_tensor(s, dtype=torch.float64) for s in (a, b))
+    a, b = (torch.as_tensor(s, dtype=torch.float64) for s in (a, b))
     try: shape = torch.broadcast_shapes(a.shape, b.shape)
     except RuntimeError: shape = None
     if shape not in (a.shape, b.shape):
         raise AssertionError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} are not two sides of one equation: "
                              "index them first")
-    a, b = a.double().broadcast_to(shape), b.double().broadcast_to(shape)
+    a, b = a.broadcast_to(shape), b.broadcast_to(shape)
     for side, t in (("left", a), ("right", b)):
         if not torch.isfinite(t).all():
             raise AssertionError(f"the {side} side has entries that are not finite: {t.tolist()}")
     return a, b
 
-# %% ../nbs/derivation/00_checks.ipynb #5b3913b0
+# %% ../nbs/derivation/00_checks.ipynb #09a35fc9
 def _worst(a: Tensor, b: Tensor, excess: Tensor, says: str) -> str:
     "The sentence of a red cell: where the claim fails most, and by how much."
-    i = int(excess.flatten().argmax())
+    i = int(excess.argmax())
     at = f" (entry {i} of {a.numel()})" if a.numel() > 1 else ""
     l, r = a.flatten()[i].item(), b.flatten()[i].item()
     return f"{says}: left {l:.12g}, right {r:.12g}, difference {l - r:.3g}{at}"
@@ -64,15 +64,15 @@ def check_error(kind: type[BaseException],  # the exception that must be raised
         print(f"✓ {type(e).__name__}: {e}")
     else: raise AssertionError(f"expected {kind.__name__}, but nothing was raised")
 
-# %% ../nbs/derivation/00_checks.ipynb #b6bdb09c
+# %% ../nbs/derivation/00_checks.ipynb #c7223e3a
 def check_ge(a: Any, b: Any) -> None:
     "State that a is at least b, entry by entry (a relative 1e-12 is forgiven for rounding). Raises AssertionError."
     a, b = _sides(a, b)
-    slack = 1e-12 * max(a.abs().max().item(), b.abs().max().item())
+    slack = 1e-12 * torch.stack([a, b]).abs().max().item()
     if (b - a > slack).any(): raise AssertionError(_worst(a, b, b - a, "not greater or equal"))
     print("✓ greater or equal" + (f" ({a.numel()} values)" if a.numel() > 1 else ""))
 
-# %% ../nbs/derivation/00_checks.ipynb #49e027d2
+# %% ../nbs/derivation/00_checks.ipynb #9f4d71cf
 def check_mc(samples: Tensor,     # (k, ...) independent samples along dimension 0
              exact,               # (...) what their mean should be
              sigmas: float = 5.0, # allowed distance, in standard errors
@@ -82,10 +82,10 @@ def check_mc(samples: Tensor,     # (k, ...) independent samples along dimension
     Samples that do not vary at all must equal `exact` up to rounding. Raises AssertionError, also for fewer than 2
     samples.
     """
-    s = samples.detach().double()
+    s = samples.double()
     if s.ndim == 0 or len(s) < 2: raise AssertionError("a standard error needs at least 2 samples along dimension 0")
     mean, exact = _sides(s.mean(0), exact)
-    se = (s.std(0) / len(s) ** 0.5).broadcast_to(mean.shape)
+    se = s.std(0) / len(s) ** 0.5
     rounding = 1e-6 if samples.dtype == torch.float32 else 1e-12
     off = (mean - exact).abs() - sigmas * se - rounding * exact.abs().clamp(min=1)
     says = f"not within {sigmas:g} standard errors (largest {se.max().item():.2g})"

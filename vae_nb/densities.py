@@ -19,7 +19,7 @@ def log_normal(x: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
     log_std = std.log() if isinstance(std, Tensor) else math.log(std)
     return -0.5 * ((x - mean) / std) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
 
-# %% ../nbs/derivation/02_densities.ipynb #ea5c7c2d
+# %% ../nbs/derivation/02_densities.ipynb #7fb370d2
 class DiagonalNormal(Independent):
     """A normal with independent coordinates: event shape (d,), batch shape the rest.
 
@@ -27,14 +27,14 @@ class DiagonalNormal(Independent):
     where both a sample and its density are needed, `rsample_and_log_prob` gives them at the price of one.
     """
     def __init__(self, mean: Tensor, std: Tensor) -> None:
-        super().__init__(Normal(*torch.broadcast_tensors(mean, std), validate_args=False), 1, validate_args=False)
+        super().__init__(Normal(*torch.broadcast_tensors(mean, std), validate_args=False), 1)
 
     @property
     def stddev(self) -> Tensor: return self.base_dist.scale
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "DiagonalNormal":
         shape = (*batch_shape, *self.event_shape)
-        return DiagonalNormal(self.base_dist.loc.expand(shape), self.base_dist.scale.expand(shape))
+        return DiagonalNormal(self.base_dist.loc.expand(shape), self.base_dist.scale)
 
     def log_prob(self, value: Tensor) -> Tensor:
         "(..., d) → (...) nats."

@@ -25,7 +25,7 @@ class LatentModel(Protocol):
     def likelihood(self, z: Tensor) -> Distribution: ...
     def posterior(self, x: Tensor) -> Distribution: ...
 
-# %% ../nbs/derivation/03_evidence.ipynb #b7ad77fd
+# %% ../nbs/derivation/03_evidence.ipynb #f6123801
 class LinearGaussian:
     """z ~ N(0, prior_std^2 I), x = weight z + bias + noise_std e: evidence and posterior in closed form
     (equations 3.4 to 3.6).
@@ -55,15 +55,15 @@ class LinearGaussian:
             + self.weight.T @ self.weight / self.noise_std ** 2)
         pull = (x - self.bias) @ self.weight / self.noise_std ** 2
         mean = torch.cholesky_solve(pull.T, torch.linalg.cholesky(precision)).T
-        return MultivariateNormal(mean, precision_matrix=precision, validate_args=False)
+        return MultivariateNormal(mean, precision_matrix=precision)
 
     def log_evidence(self, x: Tensor) -> Tensor:
         "(n, d_x) → (n,) exact log p(x), nats (equation 3.5)."
         cov = self.prior_std ** 2 * self.weight @ self.weight.T + self.noise_std ** 2 * torch.eye(
             len(self.bias), dtype=self.bias.dtype, device=self.bias.device)
-        return MultivariateNormal(self.bias, cov, validate_args=False).log_prob(x)
+        return MultivariateNormal(self.bias, cov).log_prob(x)
 
-# %% ../nbs/derivation/03_evidence.ipynb #846085b4
+# %% ../nbs/derivation/03_evidence.ipynb #18bd4282
 class StateTable(Distribution):
     """A distribution over the listed states (s, d) given by a table of log probabilities (n, s):
     batch (n,), event (d,).
@@ -72,17 +72,17 @@ class StateTable(Distribution):
 
     def __init__(self, states: Tensor, log_probs: Tensor) -> None:
         self.states, self.log_probs = states, log_probs
-        super().__init__(log_probs.shape[:-1], states.shape[-1:], validate_args=False)
+        super().__init__(log_probs.shape[:-1], states.shape[1:], validate_args=False)
 
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        return self.states[Categorical(logits=self.log_probs, validate_args=False).sample(sample_shape)]
+        return self.states[Categorical(self.log_probs.exp()).sample(sample_shape)]
 
     def log_prob(self, value: Tensor) -> Tensor:
         "(..., n, d) → (..., n); -inf for what is not in the table."
         same = (value.unsqueeze(-2) == self.states).all(-1)                            # (..., n, s)
         return torch.where(same, self.log_probs, -math.inf).logsumexp(-1)
 
-# %% ../nbs/derivation/03_evidence.ipynb #026a748c
+# %% ../nbs/derivation/03_evidence.ipynb #3cd97ac4
 class BinaryLatents:
     """d_z bits, d_x black-and-white pixels with logits weight z + bias; everything by enumeration (equation 3.8).
 
@@ -107,8 +107,8 @@ class BinaryLatents:
         return self.likelihood(self.states).log_prob(x[:, None]) + self.prior().log_prob(self.states)
 
     def posterior(self, x: Tensor) -> StateTable:
-        return StateTable(self.states, self.log_joint(x).log_softmax(-1))
+        return StateTable(self.states, self.log_joint(x).log_softmax(1))
 
     def log_evidence(self, x: Tensor) -> Tensor:
         "(n, d_x) → (n,) exact log p(x), nats."
-        return self.log_joint(x).logsumexp(-1)
+        return self.log_joint(x).logsumexp(1)

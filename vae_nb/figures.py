@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COLORS', 'STYLE', 'new_figure', 'curves', 'areas', 'points', 'image_grid', 'surface']
 
-# %% ../nbs/derivation/01_figures.ipynb #d5d801d5
+# %% ../nbs/derivation/01_figures.ipynb #c697ea69
+import math
 from typing import Any, Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,6 +23,17 @@ STYLE = {"axes.prop_cycle": plt.cycler(color=COLORS),
          "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "lines.linewidth": 1.8, "font.size": 9,
          "legend.frameon": False, "legend.fontsize": 8, "figure.dpi": 90, "figure.facecolor": "white"}
 
+# %% ../nbs/derivation/01_figures.ipynb #3213f1a9
+_PLANE = {"width": 5.0, "height": 4.2}                            # inches
+_SURFACE = {"width": 5.0, "height": 4.0}
+_TITLE = {"loc": "left", "fontsize": STYLE["axes.titlesize"]}
+_BAND = {"alpha": 0.2, "linewidth": 0}                            # around a curve
+_AREA = {"alpha": 0.75, "linewidth": 0}                           # of a stack
+_DOTS = {"alpha": 0.7, "linewidths": 0}
+_BARE = {"length": 0, "grid_alpha": 0}                            # ticks that do not show
+_MESH = {"cmap": "cividis", "shading": "auto", "rasterized": True}
+_BESIDE = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "markerscale": 2}  # a legend to the right of its axes
+
 # %% ../nbs/derivation/01_figures.ipynb #e0f0546d
 def new_figure(ncols: int = 1,        # axes side by side
                width: float = 6.0,    # inches
@@ -36,23 +48,22 @@ def new_figure(ncols: int = 1,        # axes side by side
     plt.close(fig)
     return fig, list(axes[0])
 
-# %% ../nbs/derivation/01_figures.ipynb #4edcb5a3
+# %% ../nbs/derivation/01_figures.ipynb #51c5bf32
 def _array(a: Any) -> np.ndarray:
     "Anything array-like, tensors on any device included, as a numpy array."
-    return a.detach().cpu().numpy() if isinstance(a, torch.Tensor) else np.asarray(a)
+    return np.asarray(a.detach().cpu() if isinstance(a, torch.Tensor) else a)
 
-def _axes(ax: Axes | None, xlabel: str, ylabel: str, title: str | None,
-          width: float = 6.0, height: float = 2.8) -> Axes:
+def _axes(ax: Axes | None, xlabel: str, ylabel: str, title: str | None, **size: float) -> Axes:
     "The given axes, or those of a new figure, with their labels."
-    if ax is None: ax = new_figure(width=width, height=height)[1][0]
+    if ax is None: ax = new_figure(**size)[1][0]
     ax.set(xlabel=xlabel, ylabel=ylabel)
-    if title is not None: ax.set_title(title, loc="left", fontsize=STYLE["axes.titlesize"])
+    if title is not None: ax.set_title(title, **_TITLE)
     return ax
 
 def _legend(ax: Axes, **kwargs: Any) -> None:
     with plt.rc_context(STYLE): ax.legend(**kwargs)
 
-# %% ../nbs/derivation/01_figures.ipynb #7ec97e65
+# %% ../nbs/derivation/01_figures.ipynb #50d5e745
 def curves(x: Any,                              # (m,) positions
            ys: Mapping[str, Any],               # name → (m,) heights
            xlabel: str, ylabel: str,            # with units: "z", "log p(x) (nats)"
@@ -67,40 +78,40 @@ def curves(x: Any,                              # (m,) positions
         (line,) = ax.plot(_array(x), _array(y), label=name)
         if se is not None and name in se:
             y, half = _array(y), 2 * _array(se[name])
-            ax.fill_between(_array(x), y - half, y + half, color=line.get_color(), alpha=0.2, linewidth=0)
+            ax.fill_between(_array(x), y - half, y + half, color=line.get_color(), **_BAND)
     if legend: _legend(ax)
     return ax.figure
 
-# %% ../nbs/derivation/01_figures.ipynb #d01f2d0b
+# %% ../nbs/derivation/01_figures.ipynb #cc672164
 def areas(x: Any, parts: Mapping[str, Any], xlabel: str, ylabel: str, title: str | None = None,
           base: Any = 0.0,             # (m,) or number: the height that the stack starts from
           ax: Axes | None = None) -> Figure:
     "Named parts (m,) stacked over x (m,) from `base` upwards; negative parts are not meant."
     ax = _axes(ax, xlabel, ylabel, title)
-    low = np.broadcast_to(_array(base), _array(x).shape).astype(float)
+    low = _array(base)
     for i, (name, part) in enumerate(parts.items()):
         high = low + _array(part)
-        ax.fill_between(_array(x), low, high, label=name, color=COLORS[i % len(COLORS)], alpha=0.75, linewidth=0)
+        ax.fill_between(_array(x), low, high, label=name, color=COLORS[i % len(COLORS)], **_AREA)
         low = high
-    _legend(ax, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _legend(ax, **_BESIDE)
     return ax.figure
 
-# %% ../nbs/derivation/01_figures.ipynb #2d9b315b
+# %% ../nbs/derivation/01_figures.ipynb #93922412
 def points(xy: Any,                      # (m, 2) positions
            labels: Any | None = None,    # (m,) class numbers, coloured and listed
            xlabel: str = "z₁", ylabel: str = "z₂", title: str | None = None,
            ax: Axes | None = None, size: float = 8.0) -> Figure:
     "Points in a plane, one colour for each class."
-    ax = _axes(ax, xlabel, ylabel, title, 5.0, 4.2)
+    ax = _axes(ax, xlabel, ylabel, title, **_PLANE)
     xy = _array(xy)
-    classes = [None] if labels is None else sorted(set(_array(labels).tolist()))
+    classes = [None] if labels is None else np.unique(_array(labels))
     for c in classes:
         chosen = xy if c is None else xy[_array(labels) == c]
-        ax.scatter(*chosen.T, s=size, color=COLORS[(c or 0) % len(COLORS)], label=c, alpha=0.7, linewidths=0)
-    if labels is not None: _legend(ax, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=2)
+        ax.scatter(*chosen.T, s=size, color=COLORS[(c or 0) % len(COLORS)], label=c, **_DOTS)
+    if labels is not None: _legend(ax, **_BESIDE)
     return ax.figure
 
-# %% ../nbs/derivation/01_figures.ipynb #a9db53e7
+# %% ../nbs/derivation/01_figures.ipynb #3806a5a3
 def image_grid(images: Any,                        # (m, height, width) or (m, 1, height, width)
                ncol: int = 10, vmax: float | None = None, title: str | None = None, pad: int = 1,
                ax: Axes | None = None,
@@ -108,24 +119,25 @@ def image_grid(images: Any,                        # (m, height, width) or (m, 1
     "Grey images on a grid, row by row, 0 white and `vmax` (default: the largest value) black."
     images = _array(images)
     images = images.reshape(len(images), *images.shape[-2:])
-    h, w, nrow = images.shape[1] + pad, images.shape[2] + pad, -(-len(images) // ncol)
+    m, height, width = images.shape
+    h, w, nrow = height + pad, width + pad, math.ceil(m / ncol)
     sheet = np.zeros((nrow * h + pad, ncol * w + pad))
     for i, image in enumerate(images):
         top, left = pad + i // ncol * h, pad + i % ncol * w
-        sheet[top:top + h - pad, left:left + w - pad] = image
-    ax = _axes(ax, "", "", title, 6.0, max(0.7, 6.0 * sheet.shape[0] / sheet.shape[1]) + 0.3)
-    ax.imshow(sheet, cmap="gray_r", vmin=0, vmax=vmax or max(sheet.max(), 1e-12), interpolation="nearest")
-    ax.set(xticks=[], yticks=[pad + (i + 0.5) * h - 1 for i in range(len(row_labels))], yticklabels=list(row_labels))
-    ax.grid(False)
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
+        sheet[top:top + height, left:left + width] = image
+    # six inches wide, as high as that makes the sheet, and room for the title
+    ax = _axes(ax, "", "", title, height=max(0.7, 6.0 * len(sheet) / sheet.shape[1]) + 0.3)
+    ax.imshow(sheet, cmap="gray_r", vmin=0, vmax=vmax or sheet.max() or 1, interpolation="nearest")
+    ax.set(xticks=[], yticks=[pad + i * h + (height - 1) / 2 for i in range(len(row_labels))],
+           yticklabels=list(row_labels), frame_on=False)
+    ax.tick_params(**_BARE)
     return ax.figure
 
-# %% ../nbs/derivation/01_figures.ipynb #83a26003
+# %% ../nbs/derivation/01_figures.ipynb #2d2ccbd0
 def surface(x: Any, y: Any, height: Any,   # (m,), (l,), (l, m)
             xlabel: str, ylabel: str, zlabel: str, title: str | None = None, ax: Axes | None = None) -> Figure:
     "height[j, i] at (x[i], y[j]) as colour, with its scale."
-    ax = _axes(ax, xlabel, ylabel, title, 5.0, 4.0)
-    drawn = ax.pcolormesh(_array(x), _array(y), _array(height), cmap="cividis", shading="auto", rasterized=True)
+    ax = _axes(ax, xlabel, ylabel, title, **_SURFACE)
+    drawn = ax.pcolormesh(_array(x), _array(y), _array(height), **_MESH)
     with plt.rc_context(STYLE): ax.figure.colorbar(drawn, ax=ax, label=zlabel)
     return ax.figure
