@@ -1,6 +1,6 @@
 """Break every exported function of the derivation in small ways, and count how often a notebook's cell turns red.
 
-    tools/mutate.py                                all of 00 to 09 (half an hour); writes tools/mutants.md
+    tools/mutate.py                                all of 00 to 09 (an hour); writes tools/mutants.md
     tools/mutate.py --only checks,elbo.log_terms   some modules or functions; prints the report, writes nothing
     tools/mutate.py --list                         the mutants, without running any
 
@@ -18,9 +18,9 @@ The functions are those of the exported cells in nbs/derivation/0*.ipynb, and a 
     dropped detach    a.detach() → a; a detach= argument dropped; `with torch.no_grad():` and its like without effect
 
 Left alone are docstrings, type hints, decorators, f-strings, and what stands behind `raise`, though not the condition
-that leads there. A mutant is caught where any cell of a notebook raises an exception or takes ten times the notebook's
-usual time: first the function's own notebook, then the others whose cells call the function, by number. Nothing in the
-checkout is touched: modules are compiled from the notebooks' text, in forked processes (so this needs Linux).
+that leads there. A mutant is caught where any cell of a notebook raises an exception, or the notebook takes ten times
+its usual processor time: first the function's own notebook, then the others whose cells call the function, by number.
+Nothing in the checkout is touched: modules are compiled from the notebooks' text, in forked processes (on Linux).
 
 A survivor may be equivalent: no caller could tell it from the original. tools/mutants_equivalent.json says why, one
 sentence for each; two shares are reported, of all mutants and of those not argued equivalent.
@@ -35,6 +35,7 @@ import importlib.abc
 import importlib.util
 import json
 import linecache
+import math
 import multiprocessing
 import os
 import pickle
@@ -58,7 +59,7 @@ NOTEBOOKS = ROOT / "nbs" / "derivation"
 REPORT = ROOT / "tools" / "mutants.md"
 REASONS = ROOT / "tools" / "mutants_equivalent.json"
 CHUNK = 20     # mutants of one cell that share one run of the cells before it
-PATIENCE = 10  # a run that takes so many times as long as the clean one counts as caught
+PATIENCE = 10  # a run that computes so many times as long as the clean one counts as caught
 LONGEST = 72   # of the expressions that a report shows, as far as the change itself is shorter
 MEMORY = 16 * 2 ** 30  # bytes that a mutant may ask for
 HEAVY = ("torch.distributions", "torch.nn.functional", "numpy", "matplotlib.pyplot", "scipy.stats", "scipy.integrate",
@@ -129,10 +130,10 @@ SYMMETRIC = {"max", "min", "maximum", "minimum", "transpose", "logaddexp", "equa
 REDUCTIONS = set("""all amax amin any argmax argmin cat cumprod cumsum diff flatten flip index_select log_softmax
     logcumsumexp logsumexp max mean median min prod select size softmax sort split squeeze stack std sum unbind
     unsqueeze var""".split())
-DROPPED_CALLS = REDUCTIONS - {"cat", "stack", "size", "split", "unbind", "select", "index_select"} | set("""abs
-    broadcast_to ceil clamp clamp_min clamp_max clip clone contiguous copy cos cpu diagonal double exp expand expand_as
-    expm1 float floor lgamma log log1p log2 log10 logdet logsigmoid masked_fill neg numpy reciprocal relu reshape
-    round rsqrt sigmoid sign sin softplus sqrt square tanh to tolist transpose tril triu view""".split())
+DROPPED_CALLS = REDUCTIONS - {"cat", "stack", "size", "split", "unbind", "select", "index_select"} | set("""
+    abs broadcast_to ceil clamp clamp_min clamp_max clip clone contiguous copy cos cpu diagonal double exp expand
+    expand_as expm1 float floor lgamma log log1p log2 log10 logdet logsigmoid masked_fill neg numpy reciprocal
+    relu reshape round rsqrt sigmoid sign sin softplus sqrt square tanh to tolist transpose tril triu view""".split())
 NO_GRADIENT = {"no_grad", "inference_mode", "set_grad_enabled"}
 
 
@@ -301,6 +302,7 @@ def start(notebooks: list[Notebook]) -> tuple[Modules, dict[str, Any]]:
     """Make this (forked) process look like a fresh kernel in the notebooks' folder."""
     os.chdir(NOTEBOOKS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.stdout = sys.stderr = open(os.devnull, "w")
     modules, kernel = Modules(notebooks), types.ModuleType("__main__")
     sys.meta_path.insert(0, modules)
@@ -310,20 +312,24 @@ def start(notebooks: list[Notebook]) -> tuple[Modules, dict[str, Any]]:
 
 
 def in_child(job: Callable[[], Any], limit: float | None) -> Any:
-    """What job() returns in a forked copy of this process; a str says how it ended otherwise."""
+    """What job() returns in a forked copy of this process; a str says how it ended otherwise.
+
+    The limit is in seconds of computing, which depend less on what else the machine does; waiting may take longer.
+    """
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
+        if limit: resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit), math.ceil(limit) + 1))
         try: answer = job()
         except BaseException as e: answer = f"{type(e).__name__}: {e}"[:500]
         with os.fdopen(writer, "wb") as file: pickle.dump(answer, file)
         os._exit(0)
     os.close(writer)
-    ready = select.select([reader], [], [], limit)[0]
-    if not ready: os.kill(pid, signal.SIGKILL)
+    if not select.select([reader], [], [], limit and 10 * limit)[0]: os.kill(pid, signal.SIGKILL)
     with os.fdopen(reader, "rb") as file: answer = file.read()
-    os.waitpid(pid, 0)
-    return pickle.loads(answer) if answer else "it crashed" if ready else "timeout"
+    ended_by = os.waitpid(pid, 0)[1] & 127
+    if answer: return pickle.loads(answer)
+    return "it takes too long" if ended_by in (signal.SIGKILL, signal.SIGXCPU) else "it crashes"
 
 
 def note_calls(notebook: Notebook) -> Notebook:
@@ -343,9 +349,9 @@ def clean_run(notebooks: list[Notebook], notebook: Notebook) -> tuple[float, set
     def job() -> tuple[float, set[str]]:
         builtins.__called__ = set()
         _, names = start([note_calls(nb) for nb in notebooks])
-        began = time.monotonic()
+        began = time.process_time()
         for i, source in enumerate(note_calls(notebook).cells): run_cell(source, names, f"<cell {i}>")
-        return time.monotonic() - began, builtins.__called__
+        return time.process_time() - began, builtins.__called__
     return in_child(job, None)
 
 
@@ -413,8 +419,8 @@ def report(mutants: list[Mutant], caught: set[str], reasons: dict[str, str]) -> 
     left = [m for m in mutants if m.id not in caught]
     lines = ["# Mutants", "",
              "What `tools/mutate.py` found when it ran last: how many small changes to exported functions of the",
-             "derivation (the operators are listed at its head) turn a cell of some notebook red. In the last column,",
-             "mutants that are argued to be equivalent don't count.", "",
+             "derivation (the operators are listed at its head) turn a cell of some notebook red. In the last",
+             "column, mutants that are argued to be equivalent don't count.", "",
              *table(mutants, caught, set(reasons)), "", "## Survivors", ""]
     for function in dict.fromkeys((m.notebook, m.module, m.function) for m in left):
         lines += [f"### {function[0]}: `{function[1]}.{function[2]}`", ""]
@@ -481,7 +487,8 @@ def run_all(notebooks: list[Notebook], mutants: list[Mutant], jobs: int) -> dict
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="MODULE[.FUNCTION],...", help="just these; prints the report, writes nothing")
+    parser.add_argument("--only", metavar="MODULE[.FUNCTION],...",
+                        help="just these; prints the report and writes nothing")
     parser.add_argument("--skip", metavar="NN,...", default="",
                         help="as if these notebooks did not exist, such as 07,08; writes nothing either")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")

@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/library/34_all.ipynb #c162b815
+# %% ../nbs/library/34_all.ipynb #490ac1ed
 import torch
+from .amortisation import *
+from .annealing import *
 from .checkpoint import *
 from .checks import *
 from .data import *
@@ -16,6 +18,7 @@ from .evaluation import *
 from .evidence import *
 from .figures import *
 from .gap import *
+from .gradients import *
 from .importance import *
 from .likelihoods import *
 from .model import *

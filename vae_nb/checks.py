@@ -100,9 +100,9 @@ def set_seed(seed: int = 0) -> torch.Generator:
     """
     return torch.manual_seed(seed + int(os.environ.get("VAE_NB_SEED_OFFSET", 0)))
 
-# %% ../nbs/derivation/00_checks.ipynb #38f63e85
+# %% ../nbs/derivation/00_checks.ipynb #fdb5afdd
 def whole_number(name: str, value: Any, least: int = 1) -> int:
-    "value as an int. Raises ValueError, with the name of what it is, unless it is a whole number and at least `least`."
+    "value as an int. Raises ValueError, with the name of what it is, unless it is whole and at least `least`."
     if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < least:
         raise ValueError(f"{name} is a whole number, at least {least}: got {value!r}")
     return operator.index(value)
