@@ -16,7 +16,7 @@ from .elbo import elbo, log_weights
 from .evidence import LatentModel
 from .gradients import path_terms
 
-# %% ../nbs/derivation/08_amortisation.ipynb #d579b11d
+# %% ../nbs/derivation/08_amortisation.ipynb #a995671c
 class FreePosterior(nn.Module):
     """A Gaussian q with parameters of its own for each of n images (equation 8.4); called, returns it, batch (n,).
 
@@ -24,18 +24,18 @@ class FreePosterior(nn.Module):
     """
     def __init__(self, start: Distribution, full: bool = False) -> None:
         super().__init__()
-        self.register_buffer("mean", start.mean.detach().clone())
-        self.register_buffer("std", start.stddev.detach().clone())
+        self.register_buffer("mean", start.mean.detach())
+        self.register_buffer("std", start.stddev.detach())
         self.shift, self.log_ratio = (nn.Parameter(torch.zeros_like(self.mean)) for _ in range(2))
-        self.lower = nn.Parameter(self.mean.new_zeros(*self.mean.shape, self.mean.shape[-1])) if full else None
+        self.lower = nn.Parameter(self.mean.new_zeros(*self.mean.shape, self.mean.shape[1])) if full else None
 
     def forward(self) -> Distribution:
         mean, ratio = self.mean + self.std * self.shift, self.log_ratio.exp()
         if self.lower is None: return DiagonalNormal(mean, self.std * ratio)
         scale = self.std[..., None] * (torch.diag_embed(ratio) + self.lower.tril(-1))
-        return MultivariateNormal(mean, scale_tril=scale, validate_args=False)
+        return MultivariateNormal(mean, scale_tril=scale)
 
-# %% ../nbs/derivation/08_amortisation.ipynb #371b88e4
+# %% ../nbs/derivation/08_amortisation.ipynb #e2541b4d
 def fit_posterior(model: LatentModel, x: Tensor,            # (n, ...) images
                   start: Distribution | None = None,        # batch (n,); default: model.posterior(x)
                   full: bool = False,                       # with correlations between latents
@@ -47,9 +47,9 @@ def fit_posterior(model: LatentModel, x: Tensor,            # (n, ...) images
     The model is not changed. Raises ValueError for steps or k below 1.
     """
     steps, k = whole_number("steps", steps), whole_number("k", k)
-    with torch.no_grad(): free = FreePosterior(model.posterior(x) if start is None else start, full)
-    parameters = [p.requires_grad_() for p in free.parameters()]
     with torch.enable_grad():
+        free = FreePosterior(model.posterior(x) if start is None else start, full)
+        parameters = list(free.parameters())
         optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
