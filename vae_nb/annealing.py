@@ -59,25 +59,28 @@ def temperatures(steps: int) -> Tensor:
     """
     return torch.linspace(0, 1, whole_number("steps, the number of temperatures,", steps) + 1) ** 3
 
-# %% ../nbs/derivation/09_annealing.ipynb #17064dc2
+# %% ../nbs/derivation/09_annealing.ipynb #e8b8a9f5
 class _Path:
     "The densities between q (default: the prior) and p(x, z), for images x (n, ...) (equation 9.1)."
-    def __init__(self, model: LatentModel, x: Tensor, posterior: Distribution | None) -> None:
-        self.model, self.x, n = model, x, len(x)
-        try: discrete = model.prior().support.is_discrete
+    def __init__(self, model: LatentModel, x: Tensor, posterior: Distribution | None,
+                 condition: Tensor | None) -> None:
+        self.model, self.x, self.given, n = model, x, () if condition is None else (condition,), len(x)
+        self.prior = model.prior(*self.given)
+        try: discrete = self.prior.support.is_discrete
         except NotImplementedError: discrete = False                              # it does not say
         if discrete: raise ValueError("the latents are discrete: Hamiltonian steps need a gradient in z, use iwae")
-        if posterior is not None and posterior.batch_shape != (n,):
-            raise ValueError(f"posterior has batch shape {tuple(posterior.batch_shape)}: "
-                             f"({n},) is needed, one for each image")
-        self.q, self.batch = (model.prior(), (n,)) if posterior is None else (posterior, ())
+        self.q, name = (self.prior, "prior") if posterior is None else (posterior, "posterior")
+        if self.q.batch_shape != (n,) and (posterior is not None or self.q.batch_shape):
+            raise ValueError(f"the {name} has batch shape {tuple(self.q.batch_shape)}: ({n},) is needed, "
+                             "one for each image")
+        self.batch = () if self.q.batch_shape else (n,)                           # one prior may serve all images
 
     def draw(self, k: int) -> Tensor: return self.q.sample((k, *self.batch))
 
     def both(self, z: Tensor) -> tuple[Tensor, Tensor]:
         "log q(z) and log w(z), each (k, n)."
         log_q = self.q.log_prob(z)
-        return log_q, self.model.likelihood(z).log_prob(self.x) + (self.model.prior().log_prob(z) - log_q)
+        return log_q, self.model.likelihood(z, *self.given).log_prob(self.x) + (self.prior.log_prob(z) - log_q)
 
     def density(self, beta: float) -> LogDensity:
         def log_density(z: Tensor) -> Tensor:
@@ -104,7 +107,7 @@ def _tune(path: _Path, betas: list[float], n_leapfrog: int, rounds: int = 5) -> 
         sizes.append(factor * precision.rsqrt())
     return torch.stack(sizes)
 
-# %% ../nbs/derivation/09_annealing.ipynb #78e28576
+# %% ../nbs/derivation/09_annealing.ipynb #a054ac44
 class Annealed(NamedTuple):
     "k walks for each of n images, with T steps (equation 9.3)."
     log_w: Tensor        # (k, n) log weight of each walk, nats
@@ -114,30 +117,30 @@ class Annealed(NamedTuple):
 
 @torch.no_grad()
 def ais(model: LatentModel, x: Tensor, k: int = 16, steps: int = 100, posterior: Distribution | None = None,
-        start: Tensor | None = None, step_size: Tensor | float | None = None, n_leapfrog: int = 10) -> Annealed:
+        start: Tensor | None = None, step_size: Tensor | float | None = None, n_leapfrog: int = 10,
+        condition: Tensor | None = None) -> Annealed:
     """Annealed importance sampling with Hamiltonian steps, k chains for each of the images x (n, ...), in parallel.
 
-    Forwards, from `posterior` (batch (n,); default: the prior): iwae(log_w) is a lower bound on log p(x) in
-    expectation. With start, EXACT posterior samples (n, d) or (k, n, d), backwards: upper_bound(log_w) is an upper
-    one. step_size: fixed, broadcastable to (k, n, d); None tunes it in a pilot run. No gradients. (Neal 2001;
-    Grosse et al. 2015; equations 9.3, 9.14.) Raises ValueError for k or steps < 1, discrete latents, wrong shapes.
+    Forwards, from `posterior` (batch (n,); default: the prior): iwae(log_w) is a lower bound on log p(x) on average.
+    With start, EXACT posterior samples (n, d) or (k, n, d), backwards: upper_bound(log_w) is an upper one.
+    step_size: broadcastable to (k, n, d); None tunes it in a pilot run. condition (n, ...): for all three
+    distributions. No gradients. (Neal 2001; Grosse et al. 2015; equations 9.3, 9.14.) Raises ValueError for k or
+    steps < 1, discrete latents, wrong shapes.
     """
     k, n_leapfrog = whole_number("k, the chains for each image,", k), whole_number("n_leapfrog", n_leapfrog)
-    path, betas = _Path(model, x, posterior), temperatures(steps)
+    path, betas = _Path(model, x, posterior, condition), temperatures(steps)
     knots = torch.linspace(0, steps, 21)[1:].ceil().long().unique()     # the pilot visits at most 20 temperatures
-    if step_size is None: sizes = _tune(path, betas[knots].tolist(), n_leapfrog)
-    nearest = torch.searchsorted(knots, torch.arange(steps + 1)).tolist()
-    if start is None: z = path.draw(k)
-    else:
-        n, d = path.draw(1).shape[1:]
+    sizes = [step_size] * len(knots) if step_size is not None else _tune(path, betas[knots].tolist(), n_leapfrog)
+    z = path.draw(k)
+    if start is not None:
+        n, d = z.shape[1:]
         if start.shape not in ((n, d), (k, n, d)):
-            raise ValueError(f"start is ({n}, {d}) or ({k}, {n}, {d}), one latent for each image: "
-                             f"got {tuple(start.shape)}")
+            raise ValueError(f"start is ({n}, {d}) or ({k}, {n}, {d}), one z per image: got {tuple(start.shape)}")
         z = start.expand(k, n, d)
     log_ratio, accept = [None] * steps, [None] * steps
     for t in range(steps, 0, -1) if start is not None else range(1, steps + 1):
         if start is None: log_ratio[t - 1] = path.both(z)[1]            # forwards: weigh, then move
-        size = sizes[nearest[t]] if step_size is None else step_size
+        size = sizes[torch.searchsorted(knots, t)]                      # of the next temperature that was visited
         z, a = _move(path.density(betas[t].item()), z, size, n_leapfrog)
         if start is not None: log_ratio[t - 1] = path.both(z)[1]        # backwards: move, then weigh
         accept[t - 1] = a.mean(0)

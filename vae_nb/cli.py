@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'DEFAULTS', 'REPORT_K', 'Run', 'train', 'evaluate_run', 'sample', 'main']
 
-# %% ../nbs/library/33_cli.ipynb #ba626816
+# %% ../nbs/library/33_cli.ipynb #9fdb6ff0
 import json
 import os
 import shlex
@@ -23,7 +23,7 @@ from .checks import whole_number
 from .checkpoint import FORMAT, load, read_config, save, write_json
 from .data import BINARIZE, TORCHVISION, Data, load_data
 from .evaluation import evaluate
-from .likelihoods import LIKELIHOODS
+from .likelihoods import LIKELIHOODS, WholeNumbers
 from .model import VAE, build_vae
 from .objectives import OBJECTIVES
 from .plots import plot_samples, run_figures
@@ -153,7 +153,7 @@ def train(
     source = _source(data, data_dir, binarize)
     _run(folder, made, trainer, {"data": source, "train": asdict(config), "weights": "best on validation"})
 
-# %% ../nbs/library/33_cli.ipynb #96c0a2cd
+# %% ../nbs/library/33_cli.ipynb #f1fe48ee
 def _widths(hidden: str) -> tuple[int, ...]:
     "\"256,256\" → (256, 256); an empty string is no hidden layer. Raises ValueError."
     try: return tuple(int(width) for width in hidden.split(",")) if hidden.strip() else ()
@@ -168,8 +168,10 @@ def _source(data: str, data_dir: Optional[Path], binarize: Optional[str]) -> dic
 def _spec(data: Data, likelihood: Optional[str]) -> dict[str, Any]:
     "The data's description for `build_vae`, with another likelihood if one was asked for."
     if likelihood is None or likelihood == data.likelihood: return data.spec
-    if likelihood == "binomial": raise ValueError(f"a binomial likelihood is for counts, as in digits: {data.name} has none")
-    return {**data.spec, "likelihood": likelihood, "total": None}
+    counts = issubclass(LIKELIHOODS[likelihood], WholeNumbers)
+    if counts and data.total is None:
+        raise ValueError(f"a {likelihood} likelihood is for counts, as in digits: {data.name} has none")
+    return {**data.spec, "likelihood": likelihood, "total": data.total if counts else None}
 
 # %% ../nbs/library/33_cli.ipynb #16c95c77
 def _run(folder: Path, made: bool, trainer: Trainer, config: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ class LinearGaussian:
             len(self.bias), dtype=self.bias.dtype, device=self.bias.device)
         return MultivariateNormal(self.bias, cov).log_prob(x)
 
-# %% ../nbs/derivation/03_evidence.ipynb #18bd4282
+# %% ../nbs/derivation/03_evidence.ipynb #cf2e19cf
 class StateTable(Distribution):
     """A distribution over the listed states (s, d) given by a table of log probabilities (n, s):
     batch (n,), event (d,).
@@ -72,7 +72,7 @@ class StateTable(Distribution):
 
     def __init__(self, states: Tensor, log_probs: Tensor) -> None:
         self.states, self.log_probs = states, log_probs
-        super().__init__(log_probs.shape[:-1], states.shape[1:], validate_args=False)
+        super().__init__(log_probs.shape[:-1], states.shape[1:])
 
     def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
         return self.states[Categorical(self.log_probs.exp()).sample(sample_shape)]

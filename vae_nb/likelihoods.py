@@ -6,47 +6,41 @@
 __all__ = ['LIKELIHOODS', 'Likelihood', 'fitting', 'Bernoulli', 'WholeNumbers', 'Binomial', 'Poisson', 'Gaussian',
            'ContinuousBernoulli', 'DiscretizedLogistic', 'Categorical']
 
-# %% ../nbs/library/20_likelihoods.ipynb #5de21fa3
+# %% ../nbs/library/20_likelihoods.ipynb #1421ddd7
 import math
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch import distributions as D
+from torch import Tensor, distributions as D, nn
 from .checks import whole_number
 from .densities import log_bernoulli, log_binomial, log_normal
 
-# %% ../nbs/library/20_likelihoods.ipynb #ef9c49b6
+# %% ../nbs/library/20_likelihoods.ipynb #a7a9f568
 class Likelihood(nn.Module):
-    """p(x | z): `network` maps z (m, d_z), and a condition (m, d_c) if there is one, to (m, n_params(shape)) parameters.
+    """p(x | z): `network` maps z (m, d_z), and a condition (m, d_c) if there is one, to (m, n_params) parameters.
     Called with z (..., n, d_z), and perhaps a condition (n, d_c), returns a distribution of images.
 
-    shape: of one image, such as (28, 28), or (5,) for a vector. Subclasses say what the parameters of a pixel mean in
-    `log_prob`, `mean` and `draw`, and which pixels they are for in `least`, `largest` and `whole`.
+    shape: of one image, such as (28, 28), or (5,) for a vector. Subclasses say which pixels they are for (`least`,
+    `largest`, `whole`), and in `log_prob` (nats), `mean` and `draw` what the network's numbers l mean for pixels x.
     """
-    name = support = ""
-    least, whole = -math.inf, False
-    largest: float | None = None     # if there is one: what pictures draw black
-    per_pixel: tuple[int, ...] = ()  # how many parameters a pixel has, if more than one
+    name, support, least, whole, unordered = "", "", -math.inf, False, False
+    largest: float | None = None  # if there is one: what pictures draw black
 
     def __init__(self, network: nn.Module, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.network, self.shape = network, tuple(shape)
 
     @classmethod
-    def n_params(cls, shape: tuple[int, ...], **options: float | None) -> int:
-        "How many numbers the network must give for one image; options: those of the class, such as total or std."
-        return math.prod(shape)
+    def n_params(cls, shape: tuple[int, ...], total: int = 0, **options: float | None) -> int:
+        "How many numbers the network must give for one image; options: those of the class (total, std)."
+        return math.prod(shape) * (total + 1 if cls.unordered else 1)
 
     def forward(self, z: Tensor, condition: Tensor | None = None) -> D.Distribution:
-        inputs = [z]
-        if condition is not None:
-            if condition.shape[:-1] not in (z.shape[-2:-1], (1,)):
-                raise ValueError("causes (..., n, d_z) go with a condition (n, d_c): "
-                                 f"got {tuple(z.shape)} and {tuple(condition.shape)}")
-            inputs.append(condition.expand(*z.shape[:-1], condition.shape[-1]))
+        if condition is not None and condition.shape[:-1] not in (z.shape[-2:-1], (1,)):
+            raise ValueError("causes (..., n, d_z) go with a condition (n, d_c): "
+                             f"got {tuple(z.shape)} and {tuple(condition.shape)}")
+        inputs = [z] if condition is None else [z, condition.expand(*z.shape[:-1], condition.shape[-1])]
         params = self.network(*(t.reshape(-1, t.shape[-1]) for t in inputs))
-        params = params.to(torch.promote_types(params.dtype, torch.float32))  # densities need 32 bits
-        params = params.reshape(*z.shape[:-1], *self.shape, *self.per_pixel)
+        params = params.reshape(*z.shape[:-1], *self.shape, *(-1,) * self.unordered)
         return D.Independent(self.distribution(params), len(self.shape), validate_args=False)
 
     def distribution(self, params: Tensor) -> D.Distribution: return _Pixels(self, params)
@@ -55,137 +49,116 @@ class Likelihood(nn.Module):
     def centre(self, mean: Tensor) -> Tensor:
         "The parameters (*shape) under which the pixels have this mean: where an untrained network had best start."
         mean = mean.clamp(0.01 * (self.largest or 1), 0.99 * (self.largest or math.inf))
-        params = torch.full_like(mean, -100)
-        for i in range(40): params += 100 / 2 ** i * (self.mean(params + 100 / 2 ** i) < mean)
-        return params
+        l = torch.full_like(mean, -100)
+        for i in range(40): l += 100 / 2 ** i * (self.mean(l + 100 / 2 ** i) < mean)
+        return l
 
     def check(self, x: Tensor) -> None:
         "Raises ValueError for images (n, *shape) of another shape, not finite, or outside the likelihood's support."
-        if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"the likelihood is for images of shape {self.shape}: got {tuple(x.shape[1:])}")
-        wrong = x[~_covers(self, x)].float()
-        if len(wrong):
-            numbers = f"{'whole ' * self.whole}numbers {self.least:g} … {self.largest or math.inf:g}"
-            raise ValueError(f"a {self.name} likelihood needs {self.support or numbers}: got {wrong[0]:g} among values "
-                             f"from {x.min():g} to {x.max():g}; choose one of {', '.join(fitting(x))}")
+        _check(self, x)
 
-# %% ../nbs/library/20_likelihoods.ipynb #b3cb4b4d
+# %% ../nbs/library/20_likelihoods.ipynb #ea8137bc
 class _Pixels(D.Distribution):
     arg_constraints = {}
-
     def __init__(self, kind: Likelihood, params: Tensor) -> None:
-        self.kind, self.params = kind, params
-        super().__init__(params.shape[:params.ndim - len(kind.per_pixel)], validate_args=False)
+        self.kind, self.l = kind, params.to(torch.promote_types(params.dtype, torch.float32))  # 32 bits at least
+        super().__init__(params.shape[:params.ndim - kind.unordered], validate_args=False)
 
     @property
-    def mean(self) -> Tensor: return self.kind.mean(self.params)
-
-    def log_prob(self, value: Tensor) -> Tensor: return self.kind.log_prob(value.to(self.params.dtype), self.params)
-
+    def mean(self) -> Tensor: return self.kind.mean(self.l)
+    def log_prob(self, value: Tensor) -> Tensor: return self.kind.log_prob(value.to(self.l.dtype), self.l)
     @torch.no_grad()
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        return self.kind.draw(self.params.expand(*sample_shape, *self.params.shape))
+        return self.kind.draw(self.l.expand(*sample_shape, *self.l.shape))
 
-# %% ../nbs/library/20_likelihoods.ipynb #7f6b3280
 def _covers(kind: Likelihood | type[Likelihood], x: Tensor) -> Tensor:
     if not x.numel(): raise ValueError("there are no images: at least one is needed")
-    if not torch.isfinite(x := x.float()).all():
-        raise ValueError("some pixels are NaN or infinite: clean the data first")
+    x = x.float()
+    if not torch.isfinite(x).all(): raise ValueError("some pixels are NaN or infinite: clean the data first")
     inside = (x >= kind.least) & (x <= (kind.largest or math.inf))
     return inside & (x == x.round()) if kind.whole else inside
 
+def _check(kind: Likelihood, x: Tensor) -> None:
+    if tuple(x.shape[1:]) != kind.shape:
+        raise ValueError(f"the likelihood is for images of shape {kind.shape}: got {tuple(x.shape[1:])}")
+    if len(wrong := x[~_covers(kind, x)]):
+        support = kind.support or f"{'whole ' * kind.whole}numbers {kind.least:g} … {kind.largest or math.inf:g}"
+        raise ValueError(f"a {kind.name} likelihood needs {support}: got {wrong[0].item():g} among values from "
+                         f"{x.min().item():g} to {x.max().item():g}; choose one of {', '.join(fitting(x))}")
+
 def fitting(x: Tensor) -> list[str]:
-    """The names of the likelihoods whose support holds all pixels x (of any shape), given a `total` that is large
-    enough. Raises ValueError for an empty set, and for pixels that are NaN or infinite.
-    """
+    "Names of the likelihoods that cover all pixels x (any shape), if total is large. ValueError: NaN, no pixels."
     return [name for name, kind in LIKELIHOODS.items() if _covers(kind, x).all()]
 
-# %% ../nbs/library/20_likelihoods.ipynb #7f53c37f
+# %% ../nbs/library/20_likelihoods.ipynb #150d45a7
 class Bernoulli(Likelihood):
     "Pixels 0 or 1; the network gives log odds of a one (equation 2.5)."
     name, least, largest, whole = "bernoulli", 0.0, 1.0, True
     support = "pixels that are 0 or 1 (binarize the data, 'dynamic' or 'static')"
-
     def log_prob(self, x: Tensor, l: Tensor) -> Tensor: return log_bernoulli(x, l)
     def mean(self, l: Tensor) -> Tensor: return l.sigmoid()
     def draw(self, l: Tensor) -> Tensor: return torch.bernoulli(l.sigmoid())
-    def centre(self, mean: Tensor) -> Tensor: return mean.clamp(0.01, 0.99).logit()
 
-# %% ../nbs/library/20_likelihoods.ipynb #b87e39ce
+# %% ../nbs/library/20_likelihoods.ipynb #b7a4a16a
 class WholeNumbers(Likelihood):
     "Pixels are whole numbers 0 … total: what the likelihoods of counts, grey levels and classes share."
     least, whole = 0.0, True
-
     def __init__(self, network: nn.Module, shape: tuple[int, ...], total: int) -> None:
         super().__init__(network, shape)
-        self.total = whole_number("total, the largest possible count,", total)
-        self.largest = float(self.total)
+        self.total = self.largest = whole_number("total, the largest possible count,", total)
 
 class Binomial(WholeNumbers):
     "Pixels count ones among `total` trials, 0 … total; the network gives the log odds of a one (equation 2.6)."
     name = "binomial"
-
     def log_prob(self, x: Tensor, l: Tensor) -> Tensor: return log_binomial(x, self.total, l)
     def mean(self, l: Tensor) -> Tensor: return self.total * l.sigmoid()
     def draw(self, l: Tensor) -> Tensor: return D.Binomial(self.total, logits=l, validate_args=False).sample()
-    def centre(self, mean: Tensor) -> Tensor: return (mean / self.total).clamp(0.01, 0.99).logit()
 
-# %% ../nbs/library/20_likelihoods.ipynb #3c0afca7
+# %% ../nbs/library/20_likelihoods.ipynb #63ed1708
 class Poisson(Likelihood):
-    "Pixels are counts without an upper limit; the network gives the logarithm of the rate (equation 20.6)."
+    "Pixels are counts without an upper limit; the network gives the logarithm of the rate (equation 20.1)."
     name, least, whole = "poisson", 0.0, True
-
     def log_prob(self, x: Tensor, l: Tensor) -> Tensor: return x * l - l.exp() - torch.lgamma(x + 1)
     def mean(self, l: Tensor) -> Tensor: return l.exp()
     def draw(self, l: Tensor) -> Tensor: return torch.poisson(l.exp())
 
-# %% ../nbs/library/20_likelihoods.ipynb #d17b2e23
+# %% ../nbs/library/20_likelihoods.ipynb #fb6323a9
 class Gaussian(Likelihood):
     "Real pixels: a normal around the network's output with one standard deviation, learned or given (equation 2.1)."
     name = "gaussian"
-
     def __init__(self, network: nn.Module, shape: tuple[int, ...], std: float | None = None) -> None:
         super().__init__(network, shape)
         if std is not None and not std > 0:
             raise ValueError(f"std is a positive number, or None to learn it: got {std}")
-        self.log_std = nn.Parameter(torch.tensor(math.log(std or 1.0), dtype=torch.float32), requires_grad=std is None)
+        self.log_std = nn.Parameter(torch.tensor(math.log(std or 1), dtype=torch.float32), requires_grad=std is None)
 
     @property
     def std(self) -> float: return self.log_std.exp().item()
-
     def log_prob(self, x: Tensor, l: Tensor) -> Tensor: return log_normal(x, l, self.log_std.exp())
     def mean(self, l: Tensor) -> Tensor: return l
     def draw(self, l: Tensor) -> Tensor: return torch.normal(l, self.log_std.exp().to(l))
     def centre(self, mean: Tensor) -> Tensor: return mean
 
-# %% ../nbs/library/20_likelihoods.ipynb #b5c1ea05
+# %% ../nbs/library/20_likelihoods.ipynb #eec5f08a
 class ContinuousBernoulli(Likelihood):
-    """Pixels in [0, 1]; the network gives the slope of the log density (equation 20.1; Loaiza-Ganem and Cunningham,
-    2019).
-    """
+    "Pixels in [0, 1]; l is the slope of the log density (equation 20.2; Loaiza-Ganem and Cunningham, 2019)."
     name, least, largest = "continuous-bernoulli", 0.0, 1.0
-
     def log_prob(self, x: Tensor, l: Tensor) -> Tensor:
         size = torch.where(l.abs() < 0.1, 1.0, l.abs())
         return torch.where(l.abs() < 0.1, (x - 0.5) * l - l ** 2 / 24 + l ** 4 / 2880,
                            x * l - l.relu() - torch.log(-torch.expm1(-size) / size))
-
     def mean(self, l: Tensor) -> Tensor:
         large = torch.where(l.abs() < 0.1, 1.0, l)
         return torch.where(l.abs() < 0.1, 0.5 + l / 12 - l ** 3 / 720, -1 / torch.expm1(-large) - 1 / large)
-
     def draw(self, l: Tensor) -> Tensor:
         size = l.abs().clamp(min=1e-4)
         x = -torch.log1p(torch.rand_like(l) * torch.expm1(-size)) / size  # the inverse of the distribution function
         return torch.where(l < 0, x, 1 - x)
 
-# %% ../nbs/library/20_likelihoods.ipynb #6457523c
+# %% ../nbs/library/20_likelihoods.ipynb #dab8bcd0
 class DiscretizedLogistic(WholeNumbers):
-    """Pixels are grey levels 0 … total; the network gives centres and one scale is learned, both in units of total
-    (equation 20.4; Kingma et al., 2016; Salimans et al., 2017).
-    """
+    "Grey levels 0 … total; l are centres, in units of total as is the learned scale (20.5; Salimans et al., 2017)."
     name = "discretized-logistic"
-
     def __init__(self, network: nn.Module, shape: tuple[int, ...], total: int) -> None:
         super().__init__(network, shape, total)
         self.log_scale = nn.Parameter(torch.tensor(math.log(0.1), dtype=torch.float32))
@@ -193,36 +166,24 @@ class DiscretizedLogistic(WholeNumbers):
     def log_prob(self, x: Tensor, l: Tensor) -> Tensor:
         s, has_a, has_b = self.total * self.log_scale.exp(), x > 0, x < self.total  # has_a: a is finite
         a, b = (x - 0.5 - self.total * l) / s, (x + 0.5 - self.total * l) / s
-        return (has_b * F.logsigmoid(b) + has_a * F.logsigmoid(-a)
-                + (has_a & has_b) * torch.log(-torch.expm1(-1 / s)))
-
+        return has_b * F.logsigmoid(b) + has_a * F.logsigmoid(-a) + (has_a & has_b) * torch.log(-torch.expm1(-1 / s))
     def mean(self, l: Tensor) -> Tensor:
-        return sum(torch.sigmoid((l - (c - 0.5) / self.total) / self.log_scale.exp()) for c in range(1, self.total + 1))
-
+        s = self.log_scale.exp()
+        return sum(torch.sigmoid((l - (c + 0.5) / self.total) / s) for c in range(self.total))
     def draw(self, l: Tensor) -> Tensor:
         return (self.total * (l + self.log_scale.exp() * torch.rand_like(l).logit())).round().clamp(0, self.total)
 
-# %% ../nbs/library/20_likelihoods.ipynb #49954e8f
+# %% ../nbs/library/20_likelihoods.ipynb #22bf952a
 class Categorical(WholeNumbers):
-    "Pixels are classes 0 … total; the network gives total + 1 log weights for each pixel (equation 20.5)."
-    name = "categorical"
-
-    def __init__(self, network: nn.Module, shape: tuple[int, ...], total: int) -> None:
-        super().__init__(network, shape, total)
-        self.per_pixel = (self.total + 1,)
-
-    @classmethod
-    def n_params(cls, shape: tuple[int, ...], total: int, **options: float | None) -> int:
-        return math.prod(shape) * (total + 1)
-
-    def log_prob(self, x: Tensor, l: Tensor) -> Tensor: return D.Categorical(logits=l, validate_args=False).log_prob(x)
+    "Classes 0 … total; l are log weights (*shape, total + 1), not normalised (equation 20.6)."
+    name, unordered = "categorical", True
+    def log_prob(self, x: Tensor, l: Tensor) -> Tensor: return D.Categorical(None, l, False).log_prob(x)
     def mean(self, l: Tensor) -> Tensor: return l.softmax(-1) @ torch.arange(self.total + 1).to(l)
-    def draw(self, l: Tensor) -> Tensor: return D.Categorical(logits=l, validate_args=False).sample().to(l)
-
+    def draw(self, l: Tensor) -> Tensor: return D.Categorical(None, l, False).sample().to(l)
     def centre(self, mean: Tensor) -> Tensor:
         a, c = 2 * (mean / self.total).clamp(0.01, 0.99)[..., None], torch.arange(self.total + 1).to(mean)
-        b, left = 2 - a, self.total - c
-        return torch.lgamma(c + a) - torch.lgamma(c + 1) + torch.lgamma(left + b) - torch.lgamma(left + 1)
+        rise = lambda a, c: torch.lgamma(c + a) - torch.lgamma(c + 1)
+        return rise(a, c) + rise(2 - a, self.total - c)
 
 # %% ../nbs/library/20_likelihoods.ipynb #ec9b3b84
 LIKELIHOODS: dict[str, type[Likelihood]] = {kind.name: kind for kind in (

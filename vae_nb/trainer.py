@@ -6,7 +6,7 @@
 __all__ = ['SMALL_STEP', 'TrainConfig', 'checked_seed', 'pick_device', 'stop_on_interrupt', 'train_step', 'cosine', 'train_epoch',
            'Trainer']
 
-# %% ../nbs/library/29_trainer.ipynb #a3994498
+# %% ../nbs/library/29_trainer.ipynb #657b14ca
 import math
 import signal
 import threading
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from .checks import whole_number
 from .data import Data
-from .elbo import elbo, log_terms
+from .elbo import elbo
 from .evaluation import evaluate
 from .objectives import objective
 
@@ -87,11 +87,12 @@ def _threads_for(model: nn.Module, images: int, device: torch.device) -> Iterato
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/library/29_trainer.ipynb #f33a4e2c
+# %% ../nbs/library/29_trainer.ipynb #e0d592d5
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, config: TrainConfig) -> Tensor:
     "One gradient step on images x; returns the sum of their ELBOs, on the device, without waiting for it."
-    terms = log_terms(model, x, config.k)
-    loss = -objective(config.objective)(terms).mean()
+    make, bound = objective(config.objective)
+    terms = make(model, x, config.k)
+    loss = -bound(terms).mean()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
