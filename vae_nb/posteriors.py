@@ -19,10 +19,10 @@ from zuko.flows import MaskedAutoregressiveTransform
 from zuko.transforms import ComposedTransform, MonotonicRQSTransform
 Distribution.set_default_validate_args(_checked)
 
-# %% ../nbs/library/21_posteriors.ipynb #1e1e0e81
+# %% ../nbs/library/21_posteriors.ipynb #86b930f7
 class Posterior(nn.Module):
     """q(z | x): `network` maps x (n, *shape), or (x, condition), to (n, n_params(latent_dim)); called with the same,
-    returns a distribution of batch (n,), event (latent_dim,). Subclasses say in `distribution` what they mean."""
+    returns a distribution of batch (n,), event (latent_dim,). Subclasses read these numbers in `distribution`."""
     def __init__(self, network: nn.Module, latent_dim: int | None = None) -> None:
         super().__init__()
         self.network, self.latent_dim = network, latent_dim
@@ -61,7 +61,7 @@ class FullPosterior(Posterior):
         mix[..., row, column] = entries
         return FullNormal(mean, scale_tril=bounded_std(log_std)[..., None] * mix, validate_args=False)
 
-# %% ../nbs/library/21_posteriors.ipynb #3e04bbaf
+# %% ../nbs/library/21_posteriors.ipynb #0147a147
 def flow_steps(kind: str, latent_dim: int, context: int = 0, hidden: int = 64, transforms: int = 2) -> nn.ModuleList:
     """The steps of a flow, "iaf" or "nsf" (equations 21.5, 21.6): zuko's lazy transforms, the identity at first.
     hidden: width of the two hidden layers of each, at least 2 * latent_dim. Raises ValueError for another kind."""
@@ -83,7 +83,6 @@ class BentNormal(NormalizingFlow):
         last = AffineTransform(start.mean, start.stddev, event_dim=1)
         noise = DiagonalNormal(torch.zeros_like(start.mean), torch.ones_like(start.stddev))
         super().__init__(ComposedTransform(*(step(context) for step in steps), last).inv, noise)
-
     @property
     def mean(self) -> Tensor: return self.transform.inv(torch.zeros_like(self.start.mean))
     def detached(self) -> "BentNormal":
@@ -91,9 +90,9 @@ class BentNormal(NormalizingFlow):
         steps = copy.deepcopy(self.steps).requires_grad_(False)
         return BentNormal(detached(self.start), steps, None if self.context is None else self.context.detach())
 
+# %% ../nbs/library/21_posteriors.ipynb #4777f8e6
 class FlowPosterior(Posterior):
-    """A `BentNormal`: d means, d log scales, `context` numbers for the steps (Kingma et al. 2016; `SplinePosterior`:
-    Durkan et al. 2019). hidden, transforms: of `flow_steps`."""
+    "A `BentNormal`: d means, d log scales, `context` numbers for its `flow_steps` (Kingma et al. 2016)."
     kind = "iaf"
     def __init__(self, network: nn.Module, latent_dim: int, context: int = 32, hidden: int = 64,
                  transforms: int = 2) -> None:
@@ -105,6 +104,6 @@ class FlowPosterior(Posterior):
         mean, log_std = params[..., :2 * self.latent_dim].chunk(2, dim=-1)
         return BentNormal(DiagonalNormal(mean, bounded_std(log_std)), self.steps, params[..., 2 * self.latent_dim:])
 
-class SplinePosterior(FlowPosterior): kind = "nsf"
+class SplinePosterior(FlowPosterior): kind = "nsf"     # Durkan et al. 2019
 POSTERIORS: dict[str, type[Posterior]] = {"diagonal": DiagonalPosterior, "full": FullPosterior, "iaf": FlowPosterior,
                                           "nsf": SplinePosterior}
