@@ -1,6 +1,6 @@
 """Break every exported function of the derivation in small ways, and count how often a notebook's cell turns red.
 
-    tools/mutate.py                                all of 00 to 09 (an hour); writes tools/mutants.md
+    tools/mutate.py                                all of 00 to 09 (a quarter of an hour); writes tools/mutants.md
     tools/mutate.py --only checks,elbo.log_terms   some modules or functions; prints the report, writes nothing
     tools/mutate.py --list                         the mutants, without running any
 
