@@ -56,8 +56,12 @@ def directives(cell: dict[str, Any]) -> list[str]:
 # ---- clean
 
 def clean_outputs(outputs: list[dict[str, Any]]) -> None:
-    """Empty what a front end or a kernel adds to outputs, in place; a widget's view goes, since without its kernel it shows nothing."""
-    outputs[:] = [output for output in outputs if WIDGET_VIEW not in output.get("data", {})]
+    """Empty what a front end or a kernel adds to outputs, in place.
+
+    Gone are a widget's view, which shows nothing without its kernel, and stderr: warnings, with the paths of the machine.
+    """
+    outputs[:] = [output for output in outputs
+                  if WIDGET_VIEW not in output.get("data", {}) and output.get("name") != "stderr"]
     for output in outputs:
         if "metadata" in output: output["metadata"] = {}
         if "execution_count" in output: output["execution_count"] = None
