@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'DEFAULTS', 'REPORT_K', 'Run', 'train', 'evaluate_run', 'sample', 'main']
 
-# %% ../nbs/library/33_cli.ipynb #9fdb6ff0
+# %% ../nbs/library/33_cli.ipynb #3f3cb33e
 import json
 import os
 import shlex
@@ -24,7 +24,7 @@ from .checkpoint import FORMAT, load, read_config, save, write_json
 from .data import BINARIZE, TORCHVISION, Data, load_data
 from .evaluation import evaluate
 from .likelihoods import LIKELIHOODS, WholeNumbers
-from .model import VAE, build_vae
+from .model import VAE, build_vae, known
 from .objectives import OBJECTIVES
 from .plots import plot_samples, run_figures
 from .trainer import TrainConfig, Trainer, checked_seed, pick_device, stop_on_interrupt
@@ -108,7 +108,7 @@ def _save_figures(folder: Path, figures: dict[str, Any]) -> None:
     (folder / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items(): figure.savefig(folder / "figures" / f"{name}.png", dpi=130)
 
-# %% ../nbs/library/33_cli.ipynb #8020d94c
+# %% ../nbs/library/33_cli.ipynb #e3c1535f
 @app.command()
 def train(
     data: Annotated[str, typer.Option(help=f"What to learn: {_one_of(['digits', *TORCHVISION])}.")] = "digits",
@@ -143,7 +143,7 @@ def train(
         config = TrainConfig(chosen["epochs"], chosen["batch_size"], lr, objective, k, device, seed)
         widths = _widths(chosen["hidden"])
         whole_number("latent_dim", chosen["latent_dim"])
-        if likelihood not in (None, *LIKELIHOODS): raise ValueError(f"likelihood {likelihood!r} is unknown: choose {_one_of(LIKELIHOODS)}")
+        if likelihood is not None: known("likelihood", likelihood, LIKELIHOODS)
         images = load_data(data, root=data_dir, binarize=binarize)
         spec = _spec(images, likelihood)
         torch.manual_seed(seed)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TVO_BETAS', 'OBJECTIVES', 'Objective', 'objective']
 
-# %% ../nbs/library/25_objectives.ipynb #9125a7e2
+# %% ../nbs/library/25_objectives.ipynb #c1ef1e2c
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from .annealing import thermodynamic
 from .elbo import Terms, elbo, log_terms
 from .gradients import dreg, path_terms
 from .importance import iwae
+from .model import known
 
-# %% ../nbs/library/25_objectives.ipynb #818a95e7
+# %% ../nbs/library/25_objectives.ipynb #3bbead87
 TVO_BETAS = torch.tensor([0.0, 0.01, 0.05, 0.2, 0.5, 1.0], dtype=torch.float64)    # the first interval short (9.20)
 
 class Objective(NamedTuple):
@@ -31,6 +32,4 @@ OBJECTIVES: dict[str, Objective] = {
 
 def objective(name: str) -> Objective:
     "What training maximises, by name. Raises ValueError for another name."
-    if name not in OBJECTIVES:
-        raise ValueError(f"objective {name!r} is unknown: choose one of {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name]
+    return known("objective", name, OBJECTIVES)
