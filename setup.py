@@ -38,9 +38,5 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"lab": lab, "dev": dev + lab},
-    # The second group tells nbdev where the index of our names is, so that documentation can link to them.
-    entry_points={
-        "console_scripts": cfg["console_scripts"].split(),
-        "nbdev": [f"{package}={package}._modidx:d"],
-    },
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

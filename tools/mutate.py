@@ -1,10 +1,11 @@
-"""Break every exported function of the derivation in small ways, and count how often a notebook's cell turns red.
+"""Break the functions that compute in small ways, and count how often a cell of a notebook turns red.
 
-    tools/mutate.py                                all of 00 to 09 (a quarter of an hour); writes tools/mutants.md
+    tools/mutate.py                                all of them (most of an hour); writes tools/mutants.md
     tools/mutate.py --only checks,elbo.log_terms   some modules or functions; prints the report, writes nothing
     tools/mutate.py --list                         the mutants, without running any
 
-The functions are those of the exported cells in nbs/derivation/0*.ipynb, and a mutant is one of them with one change:
+The functions are those of the exported cells of NOTEBOOKS: the derivation (00 to 09), and of the library the densities
+(20 likelihoods, 21 posteriors, 22 priors), 25 objectives and 27 evaluation. A mutant is one of them with one change:
 
     sign flip         a + b ↔ a - b; += ↔ -=; -a → a; not a → a; < ↔ >=, > ↔ <=, == ↔ !=, is ↔ is not, in ↔ not in
     swapped operands  the two sides of - / // % ** @ and shifts; the first two arguments of a call (not where their
@@ -21,6 +22,7 @@ Left alone are docstrings, type hints, decorators, f-strings, and what stands be
 that leads there. A mutant is caught where any cell of a notebook raises an exception, or the notebook takes ten times
 its usual processor time: first the function's own notebook, then the others whose cells call the function, by number.
 Nothing in the checkout is touched: modules are compiled from the notebooks' text, in forked processes (on Linux).
+The package's other modules come from their files; they, too, are given the mutant by whatever they import.
 
 A survivor may be equivalent: no caller could tell it from the original. tools/mutants_equivalent.json says why, one
 sentence for each; two shares are reported, of all mutants and of those not argued equivalent.
@@ -55,7 +57,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "vae_nb"
-NOTEBOOKS = ROOT / "nbs" / "derivation"
+NOTEBOOKS = ("derivation/0*", "library/20*", "library/21*", "library/22*", "library/25*", "library/27*")  # in nbs
 REPORT = ROOT / "tools" / "mutants.md"
 REASONS = ROOT / "tools" / "mutants_equivalent.json"
 CHUNK = 20     # mutants of one cell that share one run of the cells before it
@@ -69,6 +71,7 @@ HEAVY = ("torch.distributions", "torch.nn.functional", "numpy", "matplotlib.pypl
 # ---- the notebooks
 
 class Notebook(NamedTuple):
+    folder: Path            # where it runs
     stem: str               # 04_elbo
     module: str             # elbo
     cells: list[str]        # the code cells that run by default
@@ -107,15 +110,15 @@ def read_notebook(path: Path, flags: set[str]) -> Notebook:
             if words[:1] == ["default_exp"]: module = words[1]
             if words[:1] == ["export"]: exported.append(len(cells))
         cells.append(source)
-    return Notebook(path.stem, module, cells, exported)
+    return Notebook(path.parent, path.stem, module, cells, exported)
 
 
 def read_notebooks(left_out: set[str]) -> list[Notebook]:
     settings = configparser.ConfigParser(interpolation=None)
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     flags = set(settings["DEFAULT"].get("tst_flags", "").split())
-    paths = [path for path in sorted(NOTEBOOKS.glob("0*.ipynb")) if path.stem[:2] not in left_out]
-    return [read_notebook(path, flags) for path in paths]
+    paths = [path for some in NOTEBOOKS for path in sorted((ROOT / "nbs").glob(some + ".ipynb"))]
+    return [read_notebook(path, flags) for path in paths if path.stem[:2] not in left_out]
 
 
 # ---- the operators: from one node of a syntax tree to others
@@ -298,9 +301,9 @@ def run_cell(source: str, names: dict[str, Any], title: str) -> None:
     exec(compile(source, title, "exec"), names)
 
 
-def start(notebooks: list[Notebook]) -> tuple[Modules, dict[str, Any]]:
-    """Make this (forked) process look like a fresh kernel in the notebooks' folder."""
-    os.chdir(NOTEBOOKS)
+def start(notebooks: list[Notebook], notebook: Notebook) -> tuple[Modules, dict[str, Any]]:
+    """Make this (forked) process look like a fresh kernel in the notebook's folder."""
+    os.chdir(notebook.folder)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -348,7 +351,7 @@ def clean_run(notebooks: list[Notebook], notebook: Notebook) -> tuple[float, set
     """The seconds that a notebook takes as it is, and the exported functions that it calls; or what goes wrong."""
     def job() -> tuple[float, set[str]]:
         builtins.__called__ = set()
-        _, names = start([note_calls(nb) for nb in notebooks])
+        _, names = start([note_calls(nb) for nb in notebooks], notebook)
         began = time.process_time()
         for i, source in enumerate(note_calls(notebook).cells): run_cell(source, names, f"<cell {i}>")
         return time.process_time() - began, builtins.__called__
@@ -360,8 +363,10 @@ def own_runs(notebooks: list[Notebook], notebook: Notebook, mutants: list[Mutant
     cell = mutants[0].cell
 
     def all_of_them() -> list[str | None]:
-        modules, names = start(notebooks)
+        modules, names = start(notebooks, notebook)
         for i, source in enumerate(notebook.cells[:cell]): run_cell(source, names, f"<cell {i}>")
+        # Who had imported it by now would go on with the original.
+        if f"{PACKAGE}.{notebook.module}" in sys.modules: raise ImportError("a notebook's own module was imported")
         return [in_child(lambda: rest(mutant, modules, names), limit) for mutant in mutants]
 
     def rest(mutant: Mutant, modules: Modules, names: dict[str, Any]) -> None:
@@ -377,7 +382,7 @@ def own_runs(notebooks: list[Notebook], notebook: Notebook, mutants: list[Mutant
 def other_run(notebooks: list[Notebook], notebook: Notebook, mutant: Mutant, limit: float) -> str | None:
     """How a notebook fails that imports the mutant's module, or None."""
     def job() -> None:
-        modules, names = start(notebooks)
+        modules, names = start(notebooks, notebook)
         modules.replace(mutant)
         for i, source in enumerate(notebook.cells): run_cell(source, names, f"<cell {i}>")
     return in_child(job, limit)
@@ -389,6 +394,7 @@ def prepare() -> None:
     os.environ["MPLBACKEND"] = "agg"
     os.environ.pop("VAE_NB_SEED_OFFSET", None)
     sys.path.insert(0, str(ROOT))
+    sys.dont_write_bytecode = True
     for name in HEAVY: importlib.import_module(name)
     sys.modules["torch"].set_num_threads(1)
 
@@ -403,15 +409,17 @@ def share(caught: int, count: int) -> str:
 
 
 def table(mutants: list[Mutant], caught: set[str], argued: set[str]) -> Iterator[str]:
-    """Caught of all, by module and operator."""
+    """Caught of all, by module and operator, and in sum for each folder and altogether."""
     yield "| module | " + " | ".join(OPERATORS) + " | all | share caught | less equivalent |"
     yield "|---|" + "---:|" * (len(OPERATORS) + 3)
-    for module in [*dict.fromkeys(m.module for m in mutants), None]:
-        rows = [m for m in mutants if module in (None, m.module)]
+    groups: dict[str, list[Mutant]] = {}
+    for m in mutants: groups.setdefault(m.module, []).append(m)
+    for m in mutants: groups.setdefault("**derivation**" if m.notebook < "1" else "**library**", []).append(m)
+    for title, rows in {**groups, "**all**": mutants}.items():
         counts = lambda ms: f"{sum(m.id in caught for m in ms)} / {len(ms)}" if ms else ""
         n, k, e = len(rows), sum(m.id in caught for m in rows), sum(m.id in argued - caught for m in rows)
         cells = [counts([m for m in rows if m.operator == operator]) for operator in OPERATORS]
-        yield "| " + " | ".join([module or "**all**", *cells, counts(rows), share(k, n), share(k, n - e)]) + " |"
+        yield "| " + " | ".join([title, *cells, counts(rows), share(k, n), share(k, n - e)]) + " |"
 
 
 def report(mutants: list[Mutant], caught: set[str], reasons: dict[str, str]) -> str:
@@ -419,8 +427,9 @@ def report(mutants: list[Mutant], caught: set[str], reasons: dict[str, str]) -> 
     left = [m for m in mutants if m.id not in caught]
     lines = ["# Mutants", "",
              "What `tools/mutate.py` found when it ran last: how many small changes to exported functions of the",
-             "derivation (the operators are listed at its head) turn a cell of some notebook red. In the last",
-             "column, mutants that are argued to be equivalent don't count.", "",
+             "derivation, and of the library's densities, objectives and evaluation (the operators are listed at",
+             "its head), turn a cell of some notebook red. In the last column, mutants that are argued to be",
+             "equivalent don't count.", "",
              *table(mutants, caught, set(reasons)), "", "## Survivors", ""]
     for function in dict.fromkeys((m.notebook, m.module, m.function) for m in left):
         lines += [f"### {function[0]}: `{function[1]}.{function[2]}`", ""]

@@ -14,7 +14,7 @@ from torch import Tensor, distributions as D, nn
 from .checks import whole_number
 from .densities import log_bernoulli, log_binomial, log_normal
 
-# %% ../nbs/library/20_likelihoods.ipynb #a7a9f568
+# %% ../nbs/library/20_likelihoods.ipynb #6ccdc168
 class Likelihood(nn.Module):
     """p(x | z): `network` maps z (m, d_z), and a condition (m, d_c) if there is one, to (m, n_params) parameters.
     Called with z (..., n, d_z), and perhaps a condition (n, d_c), returns a distribution of images.
@@ -41,7 +41,7 @@ class Likelihood(nn.Module):
         inputs = [z] if condition is None else [z, condition.expand(*z.shape[:-1], condition.shape[-1])]
         params = self.network(*(t.reshape(-1, t.shape[-1]) for t in inputs))
         params = params.reshape(*z.shape[:-1], *self.shape, *(-1,) * self.unordered)
-        return D.Independent(self.distribution(params), len(self.shape), validate_args=False)
+        return D.Independent(self.distribution(params), len(self.shape))
 
     def distribution(self, params: Tensor) -> D.Distribution: return _Pixels(self, params)
 
@@ -57,12 +57,12 @@ class Likelihood(nn.Module):
         "Raises ValueError for images (n, *shape) of another shape, not finite, or outside the likelihood's support."
         _check(self, x)
 
-# %% ../nbs/library/20_likelihoods.ipynb #ea8137bc
+# %% ../nbs/library/20_likelihoods.ipynb #b8a9c619
 class _Pixels(D.Distribution):
     arg_constraints = {}
     def __init__(self, kind: Likelihood, params: Tensor) -> None:
         self.kind, self.l = kind, params.to(torch.promote_types(params.dtype, torch.float32))  # 32 bits at least
-        super().__init__(params.shape[:params.ndim - kind.unordered], validate_args=False)
+        super().__init__(params.shape[:params.ndim - kind.unordered])
 
     @property
     def mean(self) -> Tensor: return self.kind.mean(self.l)
@@ -99,7 +99,7 @@ class Bernoulli(Likelihood):
     def mean(self, l: Tensor) -> Tensor: return l.sigmoid()
     def draw(self, l: Tensor) -> Tensor: return torch.bernoulli(l.sigmoid())
 
-# %% ../nbs/library/20_likelihoods.ipynb #b7a4a16a
+# %% ../nbs/library/20_likelihoods.ipynb #82d91cc5
 class WholeNumbers(Likelihood):
     "Pixels are whole numbers 0 … total: what the likelihoods of counts, grey levels and classes share."
     least, whole = 0.0, True
@@ -112,7 +112,7 @@ class Binomial(WholeNumbers):
     name = "binomial"
     def log_prob(self, x: Tensor, l: Tensor) -> Tensor: return log_binomial(x, self.total, l)
     def mean(self, l: Tensor) -> Tensor: return self.total * l.sigmoid()
-    def draw(self, l: Tensor) -> Tensor: return D.Binomial(self.total, logits=l, validate_args=False).sample()
+    def draw(self, l: Tensor) -> Tensor: return D.Binomial(self.total, logits=l).sample()
 
 # %% ../nbs/library/20_likelihoods.ipynb #63ed1708
 class Poisson(Likelihood):
@@ -122,7 +122,7 @@ class Poisson(Likelihood):
     def mean(self, l: Tensor) -> Tensor: return l.exp()
     def draw(self, l: Tensor) -> Tensor: return torch.poisson(l.exp())
 
-# %% ../nbs/library/20_likelihoods.ipynb #fb6323a9
+# %% ../nbs/library/20_likelihoods.ipynb #09fe2c6b
 class Gaussian(Likelihood):
     "Real pixels: a normal around the network's output with one standard deviation, learned or given (equation 2.1)."
     name = "gaussian"
@@ -136,7 +136,7 @@ class Gaussian(Likelihood):
     def std(self) -> float: return self.log_std.exp().item()
     def log_prob(self, x: Tensor, l: Tensor) -> Tensor: return log_normal(x, l, self.log_std.exp())
     def mean(self, l: Tensor) -> Tensor: return l
-    def draw(self, l: Tensor) -> Tensor: return torch.normal(l, self.log_std.exp().to(l))
+    def draw(self, l: Tensor) -> Tensor: return torch.normal(l, self.log_std.exp())
     def centre(self, mean: Tensor) -> Tensor: return mean
 
 # %% ../nbs/library/20_likelihoods.ipynb #eec5f08a
@@ -173,13 +173,13 @@ class DiscretizedLogistic(WholeNumbers):
     def draw(self, l: Tensor) -> Tensor:
         return (self.total * (l + self.log_scale.exp() * torch.rand_like(l).logit())).round().clamp(0, self.total)
 
-# %% ../nbs/library/20_likelihoods.ipynb #22bf952a
+# %% ../nbs/library/20_likelihoods.ipynb #fa55fafb
 class Categorical(WholeNumbers):
     "Classes 0 … total; l are log weights (*shape, total + 1), not normalised (equation 20.6)."
     name, unordered = "categorical", True
     def log_prob(self, x: Tensor, l: Tensor) -> Tensor: return D.Categorical(None, l, False).log_prob(x)
     def mean(self, l: Tensor) -> Tensor: return l.softmax(-1) @ torch.arange(self.total + 1).to(l)
-    def draw(self, l: Tensor) -> Tensor: return D.Categorical(None, l, False).sample().to(l)
+    def draw(self, l: Tensor) -> Tensor: return D.Categorical(logits=l).sample().to(l)
     def centre(self, mean: Tensor) -> Tensor:
         a, c = 2 * (mean / self.total).clamp(0.01, 0.99)[..., None], torch.arange(self.total + 1).to(mean)
         rise = lambda a, c: torch.lgamma(c + a) - torch.lgamma(c + 1)

@@ -12,10 +12,11 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/library/23_networks.ipynb #e263a9eb
+# %% ../nbs/library/23_networks.ipynb #65fdf566
 def _beside(x: Tensor, condition: Tensor | None, n: int) -> Tensor:
     got = None if condition is None else tuple(condition.shape)
-    if (got or (0, 0))[1:] != (n,): raise ValueError(f"this network's condition is (m, {n}), 0 for None: got {got}")
+    if (got or (len(x), 0)) != (len(x), n):
+        raise ValueError(f"this network's condition is ({len(x)}, {n}) here, 0 for None: got {got}")
     return x.flatten(1) if condition is None else torch.cat([x.flatten(1), condition.to(x)], dim=1)
 
 class MLP(nn.Module):

@@ -45,43 +45,49 @@ def _ink(model: VAE) -> float | None:
     "The pixel value that is drawn black, where the likelihood has a largest one."
     return getattr(model.likelihood, "largest", None)
 
-# %% ../nbs/library/30_plots.ipynb #03a9c2b7
-def plot_reconstructions(model: VAE, x: Tensor, title: str = "Images and their reconstructions") -> Figure:
-    "Images (n, *shape), up to 40, above the mean image at the mean of q(z|x), in rows of 20."
-    x = x[:40]
-    pairs = zip(_pictures(x).split(20), _pictures(model.reconstruct(x)).split(20))
+# %% ../nbs/library/30_plots.ipynb #504fd540
+def plot_reconstructions(model: VAE, x: Tensor, title: str = "Images and their reconstructions",
+                         condition: Tensor | None = None) -> Figure:
+    "Images (n, *shape), up to 40, above the mean image at the mean of q(z|x), in rows of 20; condition (n, c) if any."
+    x, condition = x[:40], None if condition is None else condition[:40]
+    pairs = zip(_pictures(x).split(20), _pictures(model.reconstruct(x, condition)).split(20))
     rows = [torch.cat([t, t.new_zeros(min(20, len(x)) - len(t), *t.shape[1:])]) for pair in pairs for t in pair]
     return image_grid(torch.cat(rows), ncol=min(20, len(x)), vmax=_ink(model), title=title,
                       row_labels=["image", "mean"] * (len(rows) // 2))
 
-def plot_samples(model: VAE, n: int = 100, mean: bool = True, title: str | None = None) -> Figure:
-    "n images from the model: z ~ p(z), then the mean of p(x|z), or with mean=False a sample of it."
-    return image_grid(_pictures(model.sample(n, mean=mean)), ncol=min(n, 20), vmax=_ink(model),
+def plot_samples(model: VAE, n: int = 100, mean: bool = True, title: str | None = None,
+                 condition: Tensor | None = None) -> Figure:
+    """n images from the model: z ~ p(z), then the mean of p(x|z), or with mean=False a sample of it. condition (m, c):
+    the first image gets the first, and so on, from the start again after m."""
+    if condition is not None: condition = condition[torch.arange(n) % len(condition)]
+    return image_grid(_pictures(model.sample(n, mean=mean, condition=condition)), ncol=min(n, 20), vmax=_ink(model),
                       title=title or f"{n} samples of the prior, decoded")
 
-# %% ../nbs/library/30_plots.ipynb #678e6351
+# %% ../nbs/library/30_plots.ipynb #290e4c8e
 def _name(dim: int) -> str: return "z" + "".join("₀₁₂₃₄₅₆₇₈₉"[int(c)] for c in str(dim + 1))
 
-def widest(model: VAE, x: Tensor) -> list[int]:
+def widest(model: VAE, x: Tensor, condition: Tensor | None = None) -> list[int]:
     "The (at most) two latent dimensions whose posterior means vary most over x, in their own order."
-    means = model.encode(x)
+    means = model.encode(x, condition)
     return sorted(means.var(0, unbiased=False).topk(min(2, means.shape[1])).indices.tolist())
 
 def plot_latent_map(model: VAE, x: Tensor, labels: Tensor | None = None,
-                    title: str = "Posterior means of held-out images") -> Figure:
+                    title: str = "Posterior means of held-out images", condition: Tensor | None = None) -> Figure:
     "Posterior means of images x in the two widest latent dimensions, coloured by label."
-    dims, means = widest(model, x), model.encode(x).cpu()
+    dims, means = widest(model, x, condition), model.encode(x, condition).cpu()
     xy = torch.stack([means[:, dims[0]], means[:, dims[-1]] if len(dims) > 1 else torch.zeros(len(means))], dim=1)
     return points(xy, labels, _name(dims[0]), _name(dims[-1]) if len(dims) > 1 else "", title)
 
-# %% ../nbs/library/30_plots.ipynb #c7f25f23
-def plot_prior_predictive(model: VAE, dims: Sequence[int] = (0, 1), side: int = 15, extent: float = 3.0) -> Figure:
-    "Mean images on a side × side grid over [-extent, extent]² of two latent dimensions; the others are zero."
-    dims, line = list(dims)[:model.prior().event_shape[0]], torch.linspace(-extent, extent, side)
-    z = torch.zeros(side, side, model.prior().event_shape[0])
+# %% ../nbs/library/30_plots.ipynb #393226ff
+def plot_prior_predictive(model: VAE, dims: Sequence[int] = (0, 1), side: int = 15, extent: float = 3.0,
+                          condition: Tensor | None = None) -> Figure:
+    """Mean images on a side × side grid over [-extent, extent]² of two latent dimensions; the others are zero.
+    condition: (1, c), the same for all, where the model has one."""
+    d = model.prior(*model.given(condition)).event_shape[0]
+    dims, line, z = list(dims)[:d], torch.linspace(-extent, extent, side), torch.zeros(side, side, d)
     z[..., dims[0]] = line
     if len(dims) > 1: z[..., dims[1]] = line.flip(0)[:, None]  # up is positive, as on the map
-    fig = image_grid(_pictures(model.decode(z).flatten(0, 1)), ncol=side, vmax=_ink(model),
+    fig = image_grid(_pictures(model.decode(z, condition).flatten(0, 1)), ncol=side, vmax=_ink(model),
                      title=f"What the decoder draws over [−{extent:g}, {extent:g}]²")
     return _grid_ticks(fig, dims, extent)
 
@@ -95,13 +101,15 @@ def _grid_ticks(fig: Figure, dims: Sequence[int], extent: float) -> Figure:
     fig.set_size_inches(5.0, 5.0 * height / width + 0.4)
     return fig
 
-# %% ../nbs/library/30_plots.ipynb #cb35a74f
+# %% ../nbs/library/30_plots.ipynb #268e731a
 def run_figures(model: VAE, history: Sequence[dict[str, float]], x: Tensor,
-                labels: Tensor | None = None) -> dict[str, Figure]:
-    "The figures of a run, by file name: learning curves, reconstructions, samples, latent map and prior predictive."
-    dims = widest(model, x)
+                labels: Tensor | None = None, condition: Tensor | None = None) -> dict[str, Figure]:
+    """The figures of a run, by file name: learning curves, reconstructions, samples, latent map and prior predictive, this
+    one for the condition of the first image, where there is one."""
+    x, labels, condition = (t if t is None else t[:5000] for t in (x, labels, condition))
+    one = None if condition is None else condition[:1]
     return {**({"learning_curves": plot_history(history)} if history else {}),
-            "reconstructions": plot_reconstructions(model, x),
-            "samples": plot_samples(model),
-            "latent_map": plot_latent_map(model, x[:5000], None if labels is None else labels[:5000]),
-            "prior_predictive": plot_prior_predictive(model, dims)}
+            "reconstructions": plot_reconstructions(model, x, condition=condition),
+            "samples": plot_samples(model, condition=condition),
+            "latent_map": plot_latent_map(model, x, labels, condition=condition),
+            "prior_predictive": plot_prior_predictive(model, widest(model, x, condition), condition=one)}

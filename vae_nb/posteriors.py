@@ -19,7 +19,7 @@ from zuko.flows import MaskedAutoregressiveTransform
 from zuko.transforms import ComposedTransform, MonotonicRQSTransform
 Distribution.set_default_validate_args(_checked)
 
-# %% ../nbs/library/21_posteriors.ipynb #86b930f7
+# %% ../nbs/library/21_posteriors.ipynb #2c1fae1d
 class Posterior(nn.Module):
     """q(z | x): `network` maps x (n, *shape), or (x, condition), to (n, n_params(latent_dim)); called with the same,
     returns a distribution of batch (n,), event (latent_dim,). Subclasses read these numbers in `distribution`."""
@@ -27,7 +27,8 @@ class Posterior(nn.Module):
         super().__init__()
         self.network, self.latent_dim = network, latent_dim
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Distribution:
-        return self.distribution(self.network(x) if condition is None else self.network(x, condition))
+        params = self.network(x) if condition is None else self.network(x, condition)
+        return self.distribution(params.to(torch.promote_types(params.dtype, torch.float32)))  # 32 bits at least
 
 def bounded_std(log_std: Tensor) -> Tensor:
     "Standard deviations between 0.001 and 1100 from any real numbers, with a gradient everywhere (equation 21.1)."

@@ -41,7 +41,7 @@ class MixturePrior(nn.Module):
     def forward(self, condition: Tensor | None = None) -> MixtureSameFamily:
         return mixture(self.logits, DiagonalNormal(self.means, bounded_std(self.log_stds)))
 
-# %% ../nbs/library/22_priors.ipynb #9f87cf87
+# %% ../nbs/library/22_priors.ipynb #2730b347
 class VampPrior(nn.Module):
     """The mean of the posterior's answers to learned pseudo-inputs (K, *shape) (equation 22.3), batch ().
     posterior: the model's own, which is used but not registered here: move and save both with the model. Raises
@@ -50,7 +50,7 @@ class VampPrior(nn.Module):
         super().__init__()
         whole_number("the number of pseudo-inputs", len(pseudo_inputs))
         self.__dict__["posterior"] = posterior
-        self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().to(torch.float32, copy=True))
+        self.pseudo_inputs = nn.Parameter(pseudo_inputs.to(torch.float32, copy=True))
 
     def forward(self, condition: Tensor | None = None) -> MixtureSameFamily:
         if condition is not None:
@@ -68,7 +68,7 @@ class FlowPrior(nn.Module):
 
     def forward(self, condition: Tensor | None = None) -> BentNormal: return BentNormal(self.start(), self.steps)
 
-# %% ../nbs/library/22_priors.ipynb #c9fabbde
+# %% ../nbs/library/22_priors.ipynb #d70191bd
 class ConditionalNormal(nn.Module):
     "p(z | c) for c (n, n_condition), batch (n,): mean and log scale linear in c (equation 22.5); at first N(0, I)."
     def __init__(self, latent_dim: int, n_condition: int) -> None:
@@ -82,4 +82,4 @@ class ConditionalNormal(nn.Module):
         return DiagonalNormal(mean, bounded_std(log_std))
 
 PRIORS: dict[str, type[nn.Module]] = {"standard": StandardNormal, "mixture": MixturePrior, "vamp": VampPrior,
-                                      "flow": FlowPrior}
+                                      "flow": FlowPrior, "conditional": ConditionalNormal}

@@ -6,7 +6,7 @@
 __all__ = ['SMALL_STEP', 'TrainConfig', 'checked_seed', 'pick_device', 'stop_on_interrupt', 'train_step', 'cosine', 'train_epoch',
            'Trainer']
 
-# %% ../nbs/library/29_trainer.ipynb #657b14ca
+# %% ../nbs/library/29_trainer.ipynb #003b1a19
 import math
 import signal
 import threading
@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 from .checks import whole_number
 from .data import Data
 from .elbo import elbo
-from .evaluation import evaluate
-from .objectives import objective
+from .evaluation import per_image
+from .objectives import kl_weight, objective
 
-# %% ../nbs/library/29_trainer.ipynb #1ef8fd78
+# %% ../nbs/library/29_trainer.ipynb #2bc41738
 @dataclass(frozen=True)
 class TrainConfig:
     "How to train. Raises ValueError for values that are not allowed."
@@ -33,18 +33,29 @@ class TrainConfig:
     lr: float = 2e-3                 # of Adam, at the start; it decays to zero along half a cosine
     objective: str = "elbo"          # what is maximised: see 25_objectives
     k: int = 1                       # samples of q for each image in a step
+    beta: float = 1.0                # weight of the rate (25.1); these four go with elbo and stl
+    kl_warmup: int = 0               # epochs in which that weight rises from 0 to beta
+    kl_cycles: int = 1               # so many times, in equal parts of the training
+    free_bits: float = 0.0           # nats of the rate that cost nothing
     device: str = "auto"             # auto: cuda, else mps, else cpu
     seed: int = 0                    # of the order of images and of all noise
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "k"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
+        for name in ("epochs", "batch_size", "k", "kl_warmup", "kl_cycles"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=int(name != "kl_warmup")))
         if not (isinstance(self.lr, (int, float)) and 0 < self.lr < math.inf):
             raise ValueError(f"lr is a positive number: got {self.lr!r}")
         object.__setattr__(self, "seed", checked_seed(self.seed))
-        objective(self.objective)
+        objective(self.objective, self.beta, self.free_bits, self.kl_warmup)
+        if self.kl_warmup * self.kl_cycles > self.epochs:
+            raise ValueError(f"{self.kl_cycles} x {self.kl_warmup} epochs of warm-up do not fit into {self.epochs} epochs")
         pick_device(self.device)
 
+    def beta_at(self, epoch: float) -> float:
+        "The weight of the rate after so many epochs, 1.5 in the middle of the second."
+        return kl_weight(epoch, self.beta, self.kl_warmup, self.epochs / self.kl_cycles)
+
+# %% ../nbs/library/29_trainer.ipynb #23dae5bc
 def checked_seed(seed: Any) -> int:
     "seed as an int. Raises ValueError unless it is a whole number from 0 to 2^63 - 1."
     if whole_number("seed", seed, least=0) >= 2 ** 63: raise ValueError(f"seed is a whole number below 2^63: got {seed!r}")
@@ -87,12 +98,13 @@ def _threads_for(model: nn.Module, images: int, device: torch.device) -> Iterato
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/library/29_trainer.ipynb #e0d592d5
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, config: TrainConfig) -> Tensor:
+# %% ../nbs/library/29_trainer.ipynb #1169261b
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, config: TrainConfig, beta: float = 1.0,
+               condition: Tensor | None = None) -> Tensor:
     "One gradient step on images x; returns the sum of their ELBOs, on the device, without waiting for it."
-    make, bound = objective(config.objective)
-    terms = make(model, x, config.k)
-    loss = -bound(terms).mean()
+    make, bound, weighted = objective(config.objective)
+    terms = make(model, x, config.k, condition=condition)
+    loss = -(bound(terms, beta, config.free_bits) if weighted else bound(terms)).mean()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -103,9 +115,12 @@ def cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 def _check(model: nn.Module, data: Data) -> None:
-    "Raises ValueError unless the likelihood covers the images; one that has no `check` is taken at its word."
+    """Raises ValueError unless the likelihood covers the images (one that has no `check` is taken at its word), and the
+    model takes the data's condition."""
     if hasattr(model.likelihood, "check"):
         for images in (data.observe(data.train), data.valid): model.likelihood.check(images)
+    c = data.condition("valid")
+    per_image(model, data.valid[:1], 1, condition=None if c is None else c[:1])
 
 def _not_finite(epoch: int, train: float, valid: float, lr: float) -> FloatingPointError:
     return FloatingPointError(f"the bound is not finite in epoch {epoch} (train {train:g}, valid {valid:g} nats): the model holds "
@@ -114,21 +129,23 @@ def _not_finite(epoch: int, train: float, valid: float, lr: float) -> FloatingPo
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: t.clone() for name, t in model.state_dict().items()}
 
-# %% ../nbs/library/29_trainer.ipynb #5d202ebe
-def train_epoch(model: nn.Module, data: Data, stored: Tensor, optimizer: torch.optim.Optimizer, order: torch.Generator,
-                config: TrainConfig, epoch: int, bar: tqdm, stop: threading.Event) -> float:
+# %% ../nbs/library/29_trainer.ipynb #030f7123
+def train_epoch(model: nn.Module, data: Data, stored: Tensor, condition: Tensor | None, optimizer: torch.optim.Optimizer,
+                order: torch.Generator, config: TrainConfig, epoch: int, bar: tqdm, stop: threading.Event) -> float:
     "One pass over the stored training images in a new order, until `stop` is set: the mean ELBO of those seen, nats."
     batches = torch.randperm(len(stored), generator=order, device=stored.device).split(config.batch_size)
     total, seen, dtype = torch.zeros((), device=stored.device), 0, next(model.parameters()).dtype
     for i, batch in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = config.lr * cosine((epoch - 1 + i / len(batches)) / config.epochs)
-        total += train_step(model, optimizer, data.observe(stored[batch]).to(dtype), config)
+        now = epoch - 1 + i / len(batches)
+        optimizer.param_groups[0]["lr"] = config.lr * cosine(now / config.epochs)
+        c = None if condition is None else condition[batch].to(dtype)
+        total += train_step(model, optimizer, data.observe(stored[batch]).to(dtype), config, config.beta_at(now), c)
         seen += len(batch)
         bar.update()
         if stop.is_set(): break
     return total.item() / seen
 
-# %% ../nbs/library/29_trainer.ipynb #f7ae9acb
+# %% ../nbs/library/29_trainer.ipynb #efb9ff8f
 class Trainer:
     """Fits `model` to data.train, keeps the weights that are best on data.valid.
 
@@ -142,27 +159,28 @@ class Trainer:
         self.interrupted = False
 
     def fit(self, progress: bool = True, on_epoch: Callable[[dict[str, float]], None] | None = None) -> list[dict[str, float]]:
-        """Train for config.epochs from the weights at hand; returns `history`: epoch, train_elbo, valid_elbo (nats), seconds.
-
-        on_epoch is called with each record. Ctrl-C ends it early and in order; a bound not finite raises FloatingPointError.
-        """
+        """Train for config.epochs from the weights at hand; returns `history`: epoch, train_elbo, valid_elbo, valid_rate
+        (nats), seconds. on_epoch is called with each record. Ctrl-C ends it early and in order; a bound that is not
+        finite raises FloatingPointError."""
         c, model, data, device = self.config, self.model, self.data, pick_device(self.config.device)
         self.history, best, start = [], -math.inf, time.perf_counter()
         with stop_on_interrupt() as stop, _threads_for(model, c.batch_size * c.k, device):
             torch.manual_seed(c.seed)
             stored, order = data.train.to(device), torch.Generator(device).manual_seed(c.seed)
+            given, asked = (None if t is None else t.to(device) for t in map(data.condition, ("train", "valid")))
             optimizer = torch.optim.Adam(model.to(device).parameters(), lr=c.lr, fused=True)
             weights = _weights(model)
             bar = tqdm(total=c.epochs * math.ceil(len(stored) / c.batch_size), unit="step", disable=not progress)
             try:
                 for epoch in range(1, c.epochs + 1):
-                    now = train_epoch(model.train(), data, stored, optimizer, order, c, epoch, bar, stop)
-                    valid = evaluate(model, data.valid, k=1, seed=c.seed).elbo
+                    now = train_epoch(model.train(), data, stored, given, optimizer, order, c, epoch, bar, stop)
+                    found = per_image(model, data.valid, 1, c.seed, asked)
+                    valid, rate = found.elbo.mean().item(), found.rate.mean().item()
                     if not math.isfinite(now + valid): raise _not_finite(epoch, now, valid, c.lr)
-                    if valid > best: best, weights = valid, _weights(model)
+                    if valid - (c.beta - 1) * rate > best: best, weights = valid - (c.beta - 1) * rate, _weights(model)
                     bar.set_postfix_str(f"ELBO {now:.2f} train, {valid:.2f} valid (nats)")
-                    seconds = time.perf_counter() - start
-                    self.history.append({"epoch": epoch, "train_elbo": now, "valid_elbo": valid, "seconds": seconds})
+                    self.history.append({"epoch": epoch, "train_elbo": now, "valid_elbo": valid, "valid_rate": rate,
+                                         "seconds": time.perf_counter() - start})
                     if on_epoch is not None: on_epoch(self.history[-1])
                     if stop.is_set(): break
             finally:
