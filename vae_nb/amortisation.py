@@ -65,7 +65,7 @@ def fit_posterior(model: LatentModel, x: Tensor,            # (n, ...) images
             decay.step()
     with torch.no_grad(): return free()
 
-# %% ../nbs/derivation/08_amortisation.ipynb #4d184333
+# %% ../nbs/derivation/08_amortisation.ipynb #e02f1d8c
 class InferenceGaps(NamedTuple):
     "What an encoder loses and to whom, for each of n images, nats (Cremer et al. 2018; equation 8.3)."
     log_px: Tensor          # (n,) log p(x), exact or estimated
@@ -87,6 +87,8 @@ def inference_gaps(model: LatentModel, x: Tensor, log_px: Tensor | None = None, 
     means over k fresh samples, so where the truth is near zero a gap may come out slightly negative. Memory does not
     grow with k or n.
     """
+    if not len(x): raise ValueError("there are no images: at least one is needed")
+    if hasattr(model.likelihood, "check"): model.likelihood.check(x)
     k, found, group = whole_number("k", k), [], max(1, SEARCH // (16 * x[0].numel()))
     for i in range(0, len(x), group):
         part, c = x[i:i + group], None if condition is None else condition[i:i + group]

@@ -65,7 +65,7 @@ def _card(made_of: dict[str, Any] | None) -> str:
                       "`config.json` says what it is and what it was trained on; `report.json`, if there is one, holds",
                       "its figures on held-out data, in nats.", ""])
 
-# %% ../nbs/library/28_checkpoint.ipynb #185757b1
+# %% ../nbs/library/28_checkpoint.ipynb #75e74d7c
 def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a saved model. Raises FileNotFoundError where there is none, ValueError for a damaged one or
     another format."""
@@ -92,7 +92,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise ValueError(f"{str(folder)!r} holds a model of one's own modules: give it, load(folder, model=...)")
     try: tensors = load_tensors(path.read_bytes())
     except SafetensorError as e: raise ValueError(f"{str(path)!r} is damaged: {e}") from e
-    if model is None: model = _rebuild(folder, config["model"])
+    if model is None:                                       # in the precision that it was saved in
+        model = _rebuild(folder, config["model"]).to(next((t.dtype for t in tensors.values() if t.is_floating_point()), None))
     expected, found = ({name: tuple(t.shape) for name, t in ts.items()} for ts in (model.state_dict(), tensors))
     if expected != found:                                   # before anything in the given model is overwritten
         name = sorted(expected.items() ^ found.items())[0][0]

@@ -63,17 +63,16 @@ def _default(name: str) -> str:
 
 def _text(help: str) -> Any: return typer.Option(help=help)
 
-# %% ../nbs/library/33_cli.ipynb #c8375b76
+# %% ../nbs/library/33_cli.ipynb #e2eb73f3
 REPORT_K = 128       # samples for each image in the report that ends a training run
 
 def _report(folder: Path, trainer: Trainer, progress: bool) -> None:
     "Evaluate the model on the test images, draw the figures, and say where everything is."
-    model, data, history, beta = trainer.model, trainer.data, trainer.history, trainer.config.beta
-    asked = data.condition("test")
+    model, data, history, asked = trainer.model, trainer.data, trainer.history, trainer.data.condition("test")
     report = evaluate(model, data.test, REPORT_K, trainer.config.seed, data.name, "test", asked, progress)
     write_json(folder / "report.json", report.to_dict())
     _save_figures(folder, run_figures(model, history, data.test, data.test_labels, asked))
-    best = max(history, key=lambda r: r["valid_elbo"] - (beta - 1) * r["valid_rate"])
+    best = max(history, key=lambda r: r["valid_weighted"])
     name = shlex.quote(str(folder))
     stopped = f", stopped by Ctrl-C after {len(history)} of {trainer.config.epochs} epochs" if trainer.interrupted else ""
     typer.echo(f"\n{report}\n\nweights of epoch {best['epoch']}, the best on validation{stopped}; "

@@ -119,7 +119,7 @@ def _binarized(data: Data, binarize: str, seed: int) -> Data:
     return replace(data, train=data.train if grey else cuts[0], valid=cuts[1], test=cuts[2], total=None, grey=grey,
                    dynamic=binarize == "dynamic", likelihood="gaussian" if binarize == "none" else "bernoulli")
 
-# %% ../nbs/library/26_data.ipynb #3bcc3f9e
+# %% ../nbs/library/26_data.ipynb #16433fc7
 def _array(x: Any) -> np.ndarray:
     "Numbers as an array; a PIL image as (3, h, w), uint8. Raises ValueError for anything else."
     if hasattr(x, "convert"):
@@ -138,7 +138,7 @@ def _own(name: str, x: np.ndarray, y: Any, labels: Any, seed: int) -> Data:
     if (y := y if labels is None else labels) is not None:
         y = _array(y)
         wrong = ~np.isfinite(y) | (y.ndim == 1) & ((y < 0) | (y != np.round(y)))
-        if y.ndim not in (1, 2) or len(y) != len(x) or wrong.any():
+        if y.ndim not in (1, 2) or len(y) != len(x) or not y.size or wrong.any():
             raise ValueError(f"labels are ({len(x)},) whole numbers from 0, or ({len(x)}, c) finite vectors: got "
                              f"shape {y.shape}{f', and among them {y[wrong][0]}' if wrong.any() else ''}")
         y = y.astype(np.int64 if y.ndim == 1 else np.float32)

@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'GROUP', 'PAIRS', 'grouped_terms', 'bound_by_k', 'PerImage', 'per_image', 'aggregate_kl', 'Report',
            'evaluate', 'active_units', 'kl_by_latent', 'AnnealedBounds', 'annealed_bounds']
 
-# %% ../nbs/library/27_evaluation.ipynb #6bd8b138
+# %% ../nbs/library/27_evaluation.ipynb #d5c5e9e8
 import math
 import time
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
-from torch.distributions import MixtureSameFamily
+from torch.distributions import Independent, MixtureSameFamily, MultivariateNormal
 from tqdm.auto import tqdm
 from .annealing import ais, upper_bound
 from .checks import whole_number
@@ -24,10 +24,10 @@ from .elbo import Terms, distortion, elbo, log_terms, rate
 from .importance import effective_sample_size, iwae
 from .model import mean_of
 
-# %% ../nbs/library/27_evaluation.ipynb #17abbfde
+# %% ../nbs/library/27_evaluation.ipynb #96bfc7a3
 BLOCK = 2 ** 22      # numbers (samples × images × width of the model) in one forward pass
 GROUP = 2 ** 21      # log weights (k × n) kept at a time
-PAIRS = 2 ** 22      # of a cause and an image, in the aggregate posterior
+PAIRS = 2 ** 22      # of a cause and an image, in the aggregate posterior, for Gaussians; for flows PAIRS / 256
 
 def _home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     "Device and dtype of the model's parameters."
@@ -73,7 +73,7 @@ def grouped_terms(model: nn.Module, x: Tensor, k: int, condition: Tensor | None 
             yield Terms(images.new_empty(0), *(torch.cat(t).cpu().double() for t in zip(*passes)))
             bar.update(len(images))
 
-# %% ../nbs/library/27_evaluation.ipynb #1fd8ed1f
+# %% ../nbs/library/27_evaluation.ipynb #1e29e47e
 def bound_by_k(log_w: Tensor) -> dict[int, Tensor]:
     "(k, n) log weights → the m-sample bound (n,), nats, for m = 1, 10, 100, … and k: the mean over k // m groups."
     k = len(log_w)
@@ -93,17 +93,23 @@ class PerImage(NamedTuple):
     @property
     def log_px(self) -> Tensor: return self.bounds[max(self.bounds)]
 
+def _checked(model: nn.Module, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    "Both as tensors. Raises ValueError where they do not go together, or with the model's likelihood."
+    x, condition = torch.as_tensor(x), None if condition is None else torch.as_tensor(condition)
+    if not x.shape or not len(x): raise ValueError("there are no images: at least one is needed")
+    if condition is not None and (len(condition) != len(x) or not condition.isfinite().all()):
+        raise ValueError(f"{len(x)} images need as many conditions, of finite numbers: got {tuple(condition.shape)}")
+    if hasattr(model.likelihood, "check"): model.likelihood.check(x)
+    return x, condition
+
 def per_image(model: nn.Module, x: Tensor, k: int = 1000, seed: int = 0, condition: Tensor | None = None,
               progress: bool = False) -> PerImage:
     """What `evaluate` averages, image by image: x (n, *shape), condition (n, n_condition) where the model has one.
 
     Raises ValueError for k < 1, no images, images that the likelihood does not cover, another number of conditions.
     """
-    x, k, found = torch.as_tensor(x), whole_number("k, the samples for each image,", k), []
-    if not len(x): raise ValueError("there are no images: at least one is needed")
-    if condition is not None and len(condition) != len(x):
-        raise ValueError(f"{len(x)} images need as many conditions: got {len(condition)}")
-    if hasattr(model.likelihood, "check"): model.likelihood.check(x)
+    k, found = whole_number("k, the samples for each image,", k), []
+    x, condition = _checked(model, x, condition)
     with _frozen(model, seed):
         for terms in grouped_terms(model, x, k, condition, progress):
             bounds = bound_by_k(terms.log_w)
@@ -113,12 +119,14 @@ def per_image(model: nn.Module, x: Tensor, k: int = 1000, seed: int = 0, conditi
     *values, = torch.cat(found, dim=1)
     return PerImage(*values[:4], dict(zip(bounds, values[4:])))
 
-# %% ../nbs/library/27_evaluation.ipynb #cb846daf
+# %% ../nbs/library/27_evaluation.ipynb #971f35dc
 def aggregate_kl(model: nn.Module, x: Tensor, seed: int = 0) -> Tensor:
     """(m,) log q(z) - log p(z), nats, at a z ~ q(z|x_i) for each of m of the n images; the mean estimates
     KL(q(z) || p(z)) (equation 27.1). m is n, or as many as make PAIRS pairs with all images."""
     with _frozen(model, seed):
-        m, prior = min(len(x), max(1, PAIRS // len(x))), model.prior()
+        first, prior = model.posterior(next(_parts(model, 1, x, None))[0]), model.prior()
+        pairs = PAIRS if isinstance(first, (Independent, MultivariateNormal)) else PAIRS // 256
+        m = min(len(x), max(1, pairs // len(x)))
         chosen = x[torch.randperm(len(x))[:m]]
         z = torch.cat([model.posterior(part).sample() for (part,) in _parts(model, 4096, chosen, None)])   # (m, d)
         total = torch.full((m,), -math.inf, dtype=z.dtype, device=z.device)
@@ -127,7 +135,7 @@ def aggregate_kl(model: nn.Module, x: Tensor, seed: int = 0) -> Tensor:
             total = torch.logaddexp(total, model.posterior(part).log_prob(pairs).logsumexp(1))
         return (total - math.log(len(x)) - prior.log_prob(z)).cpu().double()
 
-# %% ../nbs/library/27_evaluation.ipynb #3dca2ec6
+# %% ../nbs/library/27_evaluation.ipynb #a9618862
 @dataclass(frozen=True)
 class Report:
     """What `evaluate` found: nats per image, means over n images; standard errors are over images (NaN for a single one).
@@ -146,7 +154,7 @@ class Report:
     doubtful: float                      # share of images where it is below 10 (below k / 10, for k < 100)
     bits_per_dim: float | None           # of discrete data
     std: float | None                    # of a Gaussian likelihood
-    mutual_information: float | None     # between images and causes under q; not with a condition
+    mutual_information: float | None     # between images and causes under q; not with a condition, or too dear
     aggregate_kl: float | None           # KL(q(z) || p(z)): rate less mutual information
     aggregate_kl_se: float | None
     kl_by_latent: list[float] | None     # of the rate in closed form, where q and p(z) have independent coordinates
@@ -188,7 +196,7 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list): return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-# %% ../nbs/library/27_evaluation.ipynb #d3c57a60
+# %% ../nbs/library/27_evaluation.ipynb #0ee2b445
 def _se(values: Tensor) -> float:
     "Standard error of the mean."
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
@@ -200,20 +208,21 @@ def evaluate(model: nn.Module, x: Tensor, k: int = 1000, seed: int = 0, data: st
     The model is any `LatentModel` that is an nn.Module; its mode and torch's random state are left as they were.
     data and split are names for the report. Raises ValueError as `per_image` does.
     """
-    start, x = time.perf_counter(), torch.as_tensor(x)
+    start, (x, condition) = time.perf_counter(), _checked(model, x, condition)
     found = per_image(model, x, k, seed, condition, progress)
     r, d, g = found.rate.mean().item(), found.distortion.mean().item(), found.jensen.mean().item()
     log_px = -r - d + g if math.isfinite(r + d) else found.log_px.mean().item()  # a weight of zero: no ELBO, but a bound
     bounds = {m: bound.mean().item() for m, bound in found.bounds.items()} | {1: -r - d, k: log_px}
     whole, std = getattr(model.likelihood, "whole", False), getattr(model.likelihood, "std", None)
-    kls, apart = (aggregate_kl(model, x, seed) if condition is None else None), kl_by_latent(model, x, condition)
+    kls, apart = (aggregate_kl(model, x, seed) if condition is None else []), kl_by_latent(model, x, condition)
+    known = len(kls) >= min(len(x), 30)                      # fewer causes would say little
     return Report(
         log_px=log_px, log_px_se=_se(found.log_px), elbo=-r - d, elbo_se=_se(found.elbo), rate=r, distortion=d, k=k, n=len(x),
         active_units=active_units(model, x, condition=condition), bound_by_k=bounds, ess=found.ess.median().item(),
         doubtful=(found.ess < min(10, k / 10)).double().mean().item(),
         bits_per_dim=-log_px / (x[0].numel() * math.log(2)) if whole else None, std=std if isinstance(std, float) else None,
-        mutual_information=None if kls is None else r - kls.mean().item(),
-        aggregate_kl=None if kls is None else kls.mean().item(), aggregate_kl_se=None if kls is None else _se(kls),
+        mutual_information=r - kls.mean().item() if known else None, aggregate_kl=kls.mean().item() if known else None,
+        aggregate_kl_se=_se(kls) if known else None,
         kl_by_latent=apart, seconds=time.perf_counter() - start, seed=seed, data=data, split=split,
         device=str(_home(model)[0]))
 
@@ -235,7 +244,7 @@ def kl_by_latent(model: nn.Module, x: Tensor, condition: Tensor | None = None) -
         found.append(kl_normal(q.mean, q.stddev, p.mean, p.stddev).cpu().double())
     return torch.cat(found).mean(0).tolist()
 
-# %% ../nbs/library/27_evaluation.ipynb #5573323c
+# %% ../nbs/library/27_evaluation.ipynb #fe042534
 class AnnealedBounds(NamedTuple):
     "Bounds on log p(x), nats, float64 on the CPU; their means over images bound the mean of log p(x)."
     lower: Tensor            # (n,)
@@ -249,7 +258,8 @@ def annealed_bounds(model: nn.Module, x: Tensor | None = None, n: int = 100, k: 
     k chains for each image in `steps` temperatures from the prior (see `annealing.ais`): each costs some 10 passes
     through the decoder and back. condition: (n, n_condition). Raises ValueError for n, k or steps < 1.
     """
-    n, own, found = whole_number("n", n) if x is None else len(x), x is None, []
+    n, k, own, found = whole_number("n", n), whole_number("k", k), x is None, []
+    if not own: x, condition = _checked(model, x, condition)
     with _frozen(model, seed):
         given = () if condition is None else (condition.to(*_home(model)),)
         if own:

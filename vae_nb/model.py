@@ -52,7 +52,7 @@ def mean_of(q: Distribution) -> Tensor:
     try: return q.mean
     except NotImplementedError: return q.sample((100,)).mean(0)
 
-# %% ../nbs/library/24_model.ipynb #37c3a4e4
+# %% ../nbs/library/24_model.ipynb #04f6eeaf
 class VAE(Parts):
     """A variational autoencoder: p(x|z), q(z|x) and p(z), any modules that return distributions (see `LatentModel`).
 
@@ -62,7 +62,7 @@ class VAE(Parts):
     @torch.no_grad()
     def sample(self, n: int = 1, mean: bool = False, condition: Tensor | None = None) -> Tensor:
         "n new images (n, *shape): z ~ p(z), then x ~ p(x|z), or the mean of p(x|z) for smoother pictures."
-        if condition is not None and len(condition) != n:
+        if whole_number("n, the number of images,", n) and condition is not None and len(condition) != n:
             raise ValueError(f"n = {n} images need a condition ({n}, n_condition): got {tuple(condition.shape)}")
         prior = self.prior(*self.given(condition))
         p = self.likelihood(prior.sample(() if prior.batch_shape else (n,)), *self.given(condition))
@@ -91,7 +91,7 @@ class VAE(Parts):
         for row, dim in zip(rows, dims): row[..., dim] = line[:, None].to(z)
         return self.decode(rows, condition)
 
-# %% ../nbs/library/24_model.ipynb #cb529477
+# %% ../nbs/library/24_model.ipynb #be06b47b
 HIDDEN = {"mlp": (256, 256, 256), "gated": (256, 256), "conv": (32, 64), "resnet": (32, 64)}   # default widths
 PSEUDO_INPUTS = 100
 
@@ -113,7 +113,9 @@ def build_vae(shape: Sequence[int], latent_dim: int = 2, likelihood: str = "bern
                          f"categorical likelihood: got likelihood={likelihood!r}, total={total}")
     shape = tuple(whole_number("each entry of shape", s) for s in shape)
     hidden = tuple(whole_number("each hidden width", h) for h in (HIDDEN[network] if hidden is None else hidden))
-    d_z, options = whole_number("latent_dim", latent_dim), {} if total is None else {"total": total}
+    d_z, options = whole_number("latent_dim", latent_dim), {} if total is None else {"total": whole_number("total", total)}
+    if mean is not None and (mean.shape != shape or not mean.isfinite().all()):
+        raise ValueError(f"mean is the data's mean image, finite, of shape {shape}: got shape {tuple(mean.shape)}")
     c = whole_number("n_condition", n_condition, least=0)
     if p_z is (VampPrior if c else ConditionalNormal):
         raise ValueError(f"a {prior} prior does not go with n_condition={c}: choose another prior, or "

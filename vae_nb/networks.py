@@ -12,7 +12,11 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/library/23_networks.ipynb #65fdf566
+# %% ../nbs/library/23_networks.ipynb #79be41c3
+def _as_made_for(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(x.shape[1:]) == shape: return x
+    raise ValueError(f"this network is for (m, {', '.join(map(str, shape))}): got {tuple(x.shape)}")
+
 def _beside(x: Tensor, condition: Tensor | None, n: int) -> Tensor:
     got = None if condition is None else tuple(condition.shape)
     if (got or (len(x), 0)) != (len(x), n):
@@ -30,18 +34,19 @@ class MLP(nn.Module):
         super().__init__()
         sizes = [math.prod(shape) + n_condition, *hidden]
         if min(sizes) < 1 or n_out < 1: raise ValueError(f"layer widths are at least 1: got {[*sizes, n_out]}")
-        self.scale, self.n_condition = scale, n_condition
+        self.shape, self.scale, self.n_condition = tuple(shape), scale, n_condition
         self.body = nn.Sequential(*(m for a, b in zip(sizes, sizes[1:])
                                     for m in (nn.Linear(a, b * self.gates, dtype=torch.float32), self.bend())))
         self.out = nn.Linear(sizes[-1], n_out, dtype=torch.float32)
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        return self.out(self.body(_beside(x * self.scale, condition, self.n_condition)))
+        x = _as_made_for(x, self.shape) * self.scale
+        return self.out(self.body(_beside(x, condition, self.n_condition)))
 
 class GatedMLP(MLP):
     "An MLP whose layers are gated (equation 23.1; Tomczak and Welling, 2018)."
     gates, bend = 2, nn.GLU
 
-# %% ../nbs/library/23_networks.ipynb #450be151
+# %% ../nbs/library/23_networks.ipynb #5e3a0d86
 def _maps(shape: Sequence[int], hidden: Sequence[int]) -> tuple[int, list[list[int]]]:
     "The channels of an image, and the sizes (height, width) that its maps have between the layers."
     if len(shape) not in (2, 3): raise ValueError("convolutions are for images (height, width) or (channels, height, "
@@ -63,11 +68,12 @@ class ConvEncoder(nn.Module):
                  n_condition: int = 0, residual: bool = False) -> None:
         super().__init__()
         c, sizes = _maps(shape, hidden)
-        self.image, self.scale, self.n_condition = (c, *sizes[0]), scale, n_condition
+        self.shape, self.image, self.scale, self.n_condition = tuple(shape), (c, *sizes[0]), scale, n_condition
         self.body = nn.Sequential(*(m for a, b in zip((c, *hidden), hidden) for m in _layer(a, b, residual, 2)))
         self.out = nn.Linear(hidden[-1] * math.prod(sizes[-1]) + n_condition, n_out, dtype=torch.float32)
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        return self.out(_beside(self.body(x.reshape(len(x), *self.image) * self.scale), condition, self.n_condition))
+        x = _as_made_for(x, self.shape).reshape(len(x), *self.image) * self.scale
+        return self.out(_beside(self.body(x), condition, self.n_condition))
 
 # %% ../nbs/library/23_networks.ipynb #7eea0a2d
 class ConvDecoder(nn.Module):

@@ -15,15 +15,15 @@ from torch import Tensor
 from .figures import curves, image_grid, points
 from .model import VAE
 
-# %% ../nbs/library/30_plots.ipynb #837b9fcc
+# %% ../nbs/library/30_plots.ipynb #9a6edfe7
 def plot_history(history: Sequence[dict[str, float]], ax: Axes | None = None) -> Figure:
     "Training and validation ELBO by epoch; the epoch that was kept is marked."
     epochs = [record["epoch"] for record in history]
-    best = max(history, key=lambda record: record["valid_elbo"])
+    best = max(history, key=lambda record: record["valid_weighted"])
     fig = curves(epochs, {"training": [r["train_elbo"] for r in history],
                           "validation": [r["valid_elbo"] for r in history]},
                  "epoch", "ELBO (nats per image)",
-                 f"Best on validation: {best['valid_elbo']:.2f} nats in epoch {best['epoch']}", ax=ax)
+                 f"Kept: epoch {best['epoch']}, {best['valid_elbo']:.2f} nats on validation", ax=ax)
     axes = ax or fig.axes[0]
     axes.plot(best["epoch"], best["valid_elbo"], "o", color="black", markersize=4)
     later = [r[name] for r in history[len(history) // 20:] for name in ("train_elbo", "valid_elbo")]

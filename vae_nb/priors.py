@@ -68,7 +68,7 @@ class FlowPrior(nn.Module):
 
     def forward(self, condition: Tensor | None = None) -> BentNormal: return BentNormal(self.start(), self.steps)
 
-# %% ../nbs/library/22_priors.ipynb #d70191bd
+# %% ../nbs/library/22_priors.ipynb #aedd5abb
 class ConditionalNormal(nn.Module):
     "p(z | c) for c (n, n_condition), batch (n,): mean and log scale linear in c (equation 22.5); at first N(0, I)."
     def __init__(self, latent_dim: int, n_condition: int) -> None:
@@ -77,7 +77,9 @@ class ConditionalNormal(nn.Module):
         for p in self.network.parameters(): nn.init.zeros_(p)
 
     def forward(self, condition: Tensor | None = None) -> DiagonalNormal:
-        if condition is None: raise ValueError("this prior depends on a condition, a vector for each image: got None")
+        if condition is None or condition.shape[-1:] != (self.network.in_features,):
+            raise ValueError(f"this prior's condition is (n, {self.network.in_features}), a vector for each image: got "
+                             f"{None if condition is None else tuple(condition.shape)}")
         mean, log_std = self.network(condition).chunk(2, dim=-1)
         return DiagonalNormal(mean, bounded_std(log_std))
 

@@ -145,7 +145,7 @@ def train_epoch(model: nn.Module, data: Data, stored: Tensor, condition: Tensor 
         if stop.is_set(): break
     return total.item() / seen
 
-# %% ../nbs/library/29_trainer.ipynb #efb9ff8f
+# %% ../nbs/library/29_trainer.ipynb #601023a9
 class Trainer:
     """Fits `model` to data.train, keeps the weights that are best on data.valid.
 
@@ -159,9 +159,9 @@ class Trainer:
         self.interrupted = False
 
     def fit(self, progress: bool = True, on_epoch: Callable[[dict[str, float]], None] | None = None) -> list[dict[str, float]]:
-        """Train for config.epochs from the weights at hand; returns `history`: epoch, train_elbo, valid_elbo, valid_rate
-        (nats), seconds. on_epoch is called with each record. Ctrl-C ends it early and in order; a bound that is not
-        finite raises FloatingPointError."""
+        """Train for config.epochs from the weights at hand; returns `history`: epoch, train_elbo, valid_elbo, valid_rate,
+        valid_weighted (the rate weighted by beta; nats), seconds. on_epoch is called with each record. Ctrl-C ends it
+        early and in order; a bound that is not finite raises FloatingPointError."""
         c, model, data, device = self.config, self.model, self.data, pick_device(self.config.device)
         self.history, best, start = [], -math.inf, time.perf_counter()
         with stop_on_interrupt() as stop, _threads_for(model, c.batch_size * c.k, device):
@@ -177,10 +177,11 @@ class Trainer:
                     found = per_image(model, data.valid, 1, c.seed, asked)
                     valid, rate = found.elbo.mean().item(), found.rate.mean().item()
                     if not math.isfinite(now + valid): raise _not_finite(epoch, now, valid, c.lr)
-                    if valid - (c.beta - 1) * rate > best: best, weights = valid - (c.beta - 1) * rate, _weights(model)
+                    weighted = valid - (c.beta - 1) * rate
+                    if weighted > best: best, weights = weighted, _weights(model)
                     bar.set_postfix_str(f"ELBO {now:.2f} train, {valid:.2f} valid (nats)")
                     self.history.append({"epoch": epoch, "train_elbo": now, "valid_elbo": valid, "valid_rate": rate,
-                                         "seconds": time.perf_counter() - start})
+                                         "valid_weighted": weighted, "seconds": time.perf_counter() - start})
                     if on_epoch is not None: on_epoch(self.history[-1])
                     if stop.is_set(): break
             finally:
