@@ -34,7 +34,7 @@ def write_json(path: Path, content: Any) -> None:
     "Write content as JSON, whole or not at all. Raises ValueError for NaN and infinities, which JSON does not have."
     write_atomically(path, _json(content))
 
-# %% ../nbs/library/28_checkpoint.ipynb #c1f15d34
+# %% ../nbs/library/28_checkpoint.ipynb #1208138f
 FORMAT = 1
 
 def save(model: nn.Module, folder: str | Path, **extra: Any) -> Path:
@@ -46,6 +46,7 @@ def save(model: nn.Module, folder: str | Path, **extra: Any) -> Path:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{str(folder)!r} is a file: a model is saved into a folder")
+    if (folder / "config.json").exists(): read_config(folder)         # not a model's: it stays
     tensors = tensor_bytes({name: t.detach().cpu().clone().contiguous() for name, t in model.state_dict().items()})
     made_of = getattr(model, "config", None)
     config, card = _json({**extra, "format": FORMAT, "model": made_of}), _card(made_of)
@@ -59,11 +60,11 @@ def _card(made_of: dict[str, Any] | None) -> str:
     "What a stranger needs to know of the folder, in the format of the Hugging Face Hub."
     rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in (made_of or {"made of": "own modules"}).items()]
     load = "load(FOLDER)" if made_of else "load(FOLDER, model=...)  # one of the same make"
+    told = f", condition=torch.eye({c})[torch.arange(10) % {c}]" if (c := (made_of or {}).get("n_condition")) else ""
     return "\n".join(["---", "library_name: vae_nb", "tags: [variational-autoencoder]", "---", "# A variational autoencoder",
                       "", "| | |", "|---|---|", *rows, "", "```python", "from vae_nb.all import *",
-                      f"model = {load}", "images = model.sample(10)", "```", "",
-                      "`config.json` says what it is and what it was trained on; `report.json`, if there is one, holds",
-                      "its figures on held-out data, in nats.", ""])
+                      f"model = {load}", f"images = model.sample(10{told})", "```", "",
+                      "`config.json` says what it is and what it was trained on.", ""])
 
 # %% ../nbs/library/28_checkpoint.ipynb #75e74d7c
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def _rebuild(folder: str | Path, config: Any) -> VAE:
     try: return build_vae(**config)
     except (TypeError, ValueError) as e: raise ValueError(f"config.json in {str(folder)!r} is damaged, its model cannot be built: {e}") from e
 
-# %% ../nbs/library/28_checkpoint.ipynb #30573984
+# %% ../nbs/library/28_checkpoint.ipynb #38c20105
 def refuse_taken(out: Path | None) -> None:
     "Raises ValueError unless `out` is None, new, or an empty folder."
     if out is None: return
@@ -129,10 +130,14 @@ def make_folder(out: Path | None, name: str) -> tuple[Path, bool]:
 def load_run(run: str | Path, moved: str | Path | None = None) -> tuple[VAE, Data]:
     """The model of a run of `vae_nb train`, and its data: from where they were, or from `moved`, their folder or file.
     Raises ValueError for a folder that does not say, FileNotFoundError where something is missing."""
-    source = read_config(run).get("data")
+    config, model = read_config(run), load(run)
+    source, print_ = config.get("data"), config.get("fingerprint")
     if not (isinstance(source, dict) and source.keys() == {"source", "root", "binarize", "seed", "conditional"}):
         raise ValueError(f"config.json in {str(run)!r} does not say on which data it was trained: use load and load_data")
     if moved: source = {**source, "root" if source["source"] in TORCHVISION else "source": str(moved)}
-    try: return load(run), load_data(**source)
+    try: data = load_data(**source)
     except FileNotFoundError as e: raise FileNotFoundError(f"{e}; if the data moved, say where they are now") from e
     except TypeError as e: raise ValueError(f"config.json in {str(run)!r} is damaged: {e}") from e
+    if print_ not in (None, data.fingerprint()):
+        raise ValueError(f"the data of {str(run)!r} have changed since it was trained: held-out images may no longer be so")
+    return model, data

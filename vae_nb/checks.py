@@ -100,7 +100,7 @@ def set_seed(seed: int = 0) -> torch.Generator:
     """
     return torch.manual_seed(seed + int(os.environ.get("VAE_NB_SEED_OFFSET", 0)))
 
-# %% ../nbs/derivation/00_checks.ipynb #29df6d12
+# %% ../nbs/derivation/00_checks.ipynb #c8401648
 def whole_number(name: str, value: Any, least: int = 1) -> int:
     "value as an int. Raises ValueError, with the name of what it is, unless it is whole and at least `least`."
     if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < least:
@@ -109,5 +109,6 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
 
 def known(kind: str, name: str, names: dict[str, Any]) -> Any:
     "names[name]. Raises ValueError, with what kind of thing it is and the names to choose from, for another name."
-    if name not in names: raise ValueError(f"{kind} {name!r} is unknown: choose one of {', '.join(names)}")
+    if not isinstance(name, str) or name not in names:
+        raise ValueError(f"{kind} {name!r} is unknown: choose one of {', '.join(names)}")
     return names[name]

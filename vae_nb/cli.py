@@ -8,7 +8,7 @@ __all__ = ['app', 'DEFAULTS', 'REPORT_K', 'DataName', 'DataDir', 'Binarize', 'Co
            'Rate', 'Device', 'Seed', 'OutFolder', 'Run', 'Split', 'Moved', 'NoiseSeed', 'train', 'evaluate_run',
            'sample', 'encode', 'main']
 
-# %% ../nbs/library/33_cli.ipynb #1e03ebe7
+# %% ../nbs/library/33_cli.ipynb #abfe480f
 import json
 import os
 import shlex
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import typer
 from .checks import known, whole_number
-from .checkpoint import FORMAT, load, load_run, make_folder, refuse_taken, save, write_json
+from .checkpoint import FORMAT, load, load_run, make_folder, read_config, refuse_taken, save, write_json
 from .data import BINARIZE, TORCHVISION, Data, as_condition, load_data, seen_items
 from .evaluation import evaluate, per_image
 from .likelihoods import LIKELIHOODS, WholeNumbers
@@ -109,7 +109,7 @@ Device = Annotated[str, _text("auto, cpu, cuda, cuda:0, … or mps.")]
 Seed = Annotated[int, _number("Of the initial weights, the order of images and all noise.")]
 OutFolder = Annotated[Optional[Path], _text("Run folder, new or empty. Default: runs/DATA-1, runs/DATA-2, …")]
 
-# %% ../nbs/library/33_cli.ipynb #37dd2616
+# %% ../nbs/library/33_cli.ipynb #f3517e50
 @app.command()
 def train(data: DataName = "digits", data_dir: DataDir = None, binarize: Binarize = None, conditional: Conditional = False,
           latent_dim: LatentDim = None, network: Network = "mlp", hidden: Hidden = None, likelihood: Likelihood = None,
@@ -136,7 +136,9 @@ def train(data: DataName = "digits", data_dir: DataDir = None, binarize: Binariz
                           posterior=posterior, prior=prior)
         trainer = Trainer(model, images, config)
         folder, made = make_folder(out, images.name)
-    _run(folder, made, trainer, {"data": source, "train": asdict(config), "weights": "best on validation"})
+    dims = None if images.train_labels is None else images.train_labels.ndim
+    _run(folder, made, trainer, {"data": source, "fingerprint": images.fingerprint(), "label_dims": dims,
+                                 "train": asdict(config), "weights": "best on validation"})
 
 # %% ../nbs/library/33_cli.ipynb #e26b9c85
 def _widths(hidden: str) -> tuple[int, ...]:
@@ -185,7 +187,7 @@ def _take_back(folder: Path, made: bool) -> None:
     for name in ("config.json", "metrics.jsonl"): (folder / name).unlink(missing_ok=True)
     if made: folder.rmdir()
 
-# %% ../nbs/library/33_cli.ipynb #188d2707
+# %% ../nbs/library/33_cli.ipynb #644e9df8
 Run = Annotated[Path, typer.Argument(help="A run folder of vae_nb train.")]
 Split = Annotated[str, _text(f"Which images: {_one_of(['train', 'valid', 'test'])}.")]
 Moved = Annotated[Optional[Path], _text("Where the data are (for mnist and its kin, their folder), if they moved since training.")]
@@ -203,13 +205,13 @@ def evaluate_run(
         checked_seed(seed)
         _new_file(out, (".json",))
         model, data = load_run(run, data_dir)
-        images, asked, model = data.split(split, seed), data.condition(split), model.to(pick_device(device))
+        images, asked, model = data.split(split, seed), _condition(run, model, data.labels(split)), model.to(pick_device(device))
         model.likelihood.check(images)
     report = evaluate(model, images, k, seed, data.name, split, asked, progress=sys.stderr.isatty())
     if out: write_json(out, report.to_dict())
     typer.echo(f"{report}\n  {report.seconds:.1f} s on {report.device}" + (f"\n  {out}" if out else ""))
 
-# %% ../nbs/library/33_cli.ipynb #d1fe31f3
+# %% ../nbs/library/33_cli.ipynb #d014b0fc
 @app.command()
 def sample(
     run: Run, seed: NoiseSeed = 0, n: Annotated[int, _number("How many images.")] = 100,
@@ -229,7 +231,7 @@ def sample(
             raise ValueError(f"--label is for conditional runs, a class from 0: this one has {classes}, got {label}")
         path = out or run / "figures" / f"samples-{n}{'' if mean else '-drawn'}{'' if label is None else f'-{label}'}-seed{seed}.png"
         y = torch.arange(n) % max(1, classes) if label is None else torch.full((n,), label)
-        c = as_condition(y, classes)
+        c = _condition(run, model, y)
         torch.manual_seed(seed)
         if path.suffix == ".npz": np.savez(path, x=model.sample(n, mean=mean, condition=c).numpy())
         else:
@@ -237,7 +239,15 @@ def sample(
             plot_samples(model, n, mean=mean, condition=c).savefig(path, dpi=130)
     typer.echo(f"{n} images: {path}")
 
-# %% ../nbs/library/33_cli.ipynb #57bdb1bd
+# %% ../nbs/library/33_cli.ipynb #4f6e18ac
+def _condition(run: Path, model: VAE, y: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    "Labels as the condition that the model was trained with: classes are not taken for vectors."
+    if model.config["n_condition"] and y is not None and y.ndim != read_config(run)["label_dims"]:
+        raise ValueError("the run was conditioned on vectors, these labels are classes, or the other way round (in Python: "
+                         "model.sample(n, condition=...))")
+    return as_condition(y, model.config["n_condition"])
+
+# %% ../nbs/library/33_cli.ipynb #1339d1f2
 @app.command()
 def encode(
     run: Run, split: Split = "test", data_dir: Moved = None, seed: NoiseSeed = 0, device: Device = "auto",
@@ -249,16 +259,15 @@ def encode(
     with _asked_for():
         whole_number("--k", k)
         checked_seed(seed)
-        path = out or Path(run) / f"codes-{Path(data).stem if data else split}.npz"
-        _new_file(path, (".npz", ".csv"))
+        path = out or run / f"codes-{Path(data).stem if data else split}.npz"
+        if run.is_dir(): _new_file(path, (".npz", ".csv"))
         if data is None:
             model, own = load_run(run, data_dir)
-            x, y, c = own.split(split, seed), own.labels(split), own.condition(split)
+            x, y = own.split(split, seed), own.labels(split)
         else:
             model = load(run)
             x, y = seen_items(data, model.config["likelihood"], seed)
-            c = as_condition(y, model.config["n_condition"])
-        model = model.to(pick_device(device))
+        c, model = _condition(run, model, y), model.to(pick_device(device))
         found = per_image(model, x, k, seed, c, progress=sys.stderr.isatty())
     z = torch.cat([model.encode(x[i:i + 4096], None if c is None else c[i:i + 4096]).cpu() for i in range(0, len(x), 4096)])
     table = {name: np.asarray(t) for name, t in (("z", z), ("log_px", found.log_px), ("elbo", found.elbo), ("label", y))

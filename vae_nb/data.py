@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TORCHVISION', 'BINARIZE', 'as_condition', 'Data', 'binarize_once', 'seen_items', 'load_data']
 
-# %% ../nbs/library/26_data.ipynb #16d5f16c
+# %% ../nbs/library/26_data.ipynb #929a7ff3
 import csv
+import hashlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,18 +18,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .checks import known
 
-# %% ../nbs/library/26_data.ipynb #6e050d2a
+# %% ../nbs/library/26_data.ipynb #10cdeedc
 def as_condition(y: Tensor | None, n_condition: int) -> Tensor | None:
     """Labels → float32 (n, n_condition): classes (n,) one-hot, vectors (n, n_condition) as they are; None if that is 0.
     Raises ValueError for no labels, classes from n_condition on, and vectors of another length."""
     if not n_condition: return None
+    y = y if y is None else torch.as_tensor(y)
     if y is None: raise ValueError("a conditional model is told the label of each image: here are none")
     if (found := y.shape[1] if y.ndim == 2 else 1 + int(y.max())) != n_condition and (y.ndim == 2 or found > n_condition):
         raise ValueError(f"labels are classes 0 … {n_condition - 1} or vectors of length {n_condition}: got "
                          f"{f'length {found}' if y.ndim == 2 else f'class {found - 1}'}")
     return (y if y.ndim == 2 else torch.nn.functional.one_hot(y.long(), n_condition)).float()
 
-# %% ../nbs/library/26_data.ipynb #0b76868e
+# %% ../nbs/library/26_data.ipynb #c70f776b
 @dataclass
 class Data:
     """Images (n, *shape) split for training, choosing, testing: train as stored (see `observe`), valid and test as a
@@ -67,6 +69,10 @@ class Data:
         "The images called train, valid or test; `seed` is of the binarisation of train. ValueError for another name."
         x = known("split", name, {"train": self.train, "valid": self.valid, "test": self.test})
         return self.observe(x, torch.Generator().manual_seed(seed)) if name == "train" else x
+    def fingerprint(self) -> str:
+        "Says whether data are the same: the SHA-256 of images and labels in their splits."
+        parts = (self.train, self.valid, self.test, self.train_labels, self.valid_labels, self.test_labels)
+        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in parts if t is not None)).hexdigest()
     def labels(self, name: str) -> Tensor | None:
         "The labels of a split, or None. ValueError for another name."
         return known("split", name, {"train": self.train_labels, "valid": self.valid_labels, "test": self.test_labels})
@@ -119,7 +125,7 @@ def _binarized(data: Data, binarize: str, seed: int) -> Data:
     return replace(data, train=data.train if grey else cuts[0], valid=cuts[1], test=cuts[2], total=None, grey=grey,
                    dynamic=binarize == "dynamic", likelihood="gaussian" if binarize == "none" else "bernoulli")
 
-# %% ../nbs/library/26_data.ipynb #16433fc7
+# %% ../nbs/library/26_data.ipynb #d435e89b
 def _array(x: Any) -> np.ndarray:
     "Numbers as an array; a PIL image as (3, h, w), uint8. Raises ValueError for anything else."
     if hasattr(x, "convert"):
@@ -129,19 +135,22 @@ def _array(x: Any) -> np.ndarray:
     if (x := np.asarray(x)).dtype.kind in "biuf": return x
     raise ValueError(f"data and labels are real numbers: got dtype {x.dtype}; turn it into numbers first")
 
+def _labels(y: Any, n: int) -> np.ndarray | None:
+    if y is None: return None
+    y = _array(y)
+    wrong = ~np.isfinite(y) | (y.ndim == 1) & ((y < 0) | (y != np.round(y)))
+    if y.ndim not in (1, 2) or len(y) != n or not y.size or wrong.any():
+        raise ValueError(f"labels are ({n},) whole numbers from 0, or ({n}, c) finite vectors: got "
+                         f"shape {y.shape}{f', and among them {y[wrong][0]}' if wrong.any() else ''}")
+    return y.astype(np.int64 if y.ndim == 1 else np.float32)
+
 def _own(name: str, x: np.ndarray, y: Any, labels: Any, seed: int) -> Data:
     if x.ndim < 2 or (n := len(x) // 10) < 1 or not x.size:
         raise ValueError(f"data are (n, ...) with n at least 10, to be split in three: got shape {x.shape}")
     kind = {np.bool_: "bernoulli", np.uint8: "discretized-logistic"}.get(x.dtype.type, "gaussian")
     x = x.astype(np.float32 if kind == "gaussian" else np.uint8, copy=False)
     if not np.isfinite(x).all(): raise ValueError(f"{name} holds NaN, infinite or too large numbers: clean it first")
-    if (y := y if labels is None else labels) is not None:
-        y = _array(y)
-        wrong = ~np.isfinite(y) | (y.ndim == 1) & ((y < 0) | (y != np.round(y)))
-        if y.ndim not in (1, 2) or len(y) != len(x) or not y.size or wrong.any():
-            raise ValueError(f"labels are ({len(x)},) whole numbers from 0, or ({len(x)}, c) finite vectors: got "
-                             f"shape {y.shape}{f', and among them {y[wrong][0]}' if wrong.any() else ''}")
-        y = y.astype(np.int64 if y.ndim == 1 else np.float32)
+    y = _labels(y if labels is None else labels, len(x))
     return Data(name, **_split(x, y, n, n, seed), likelihood=kind, total={"discretized-logistic": 255}.get(kind))
 
 # %% ../nbs/library/26_data.ipynb #30dada51
@@ -170,15 +179,18 @@ def _folder(path: Path) -> tuple[np.ndarray, Any]:
     x, _ = _together(map(Image.open, files), f"{path} (images are {', '.join(kinds)})", files)
     return x, None if "" in tops else np.unique(tops, return_inverse=True)[1]
 
-# %% ../nbs/library/26_data.ipynb #fac56ff0
+# %% ../nbs/library/26_data.ipynb #3dd0a0c3
 def _csv(path: Path) -> tuple[np.ndarray, Any]:
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         rows = {f"{path}, line {i}": row for i, row in enumerate(csv.reader(file), 1) if row}
     first = next(iter(rows.values()), [])  # a line of names, unless a number is in it
-    head = bool({"label", "y"} & {*first}) or not any(c.strip(" +-.")[:1].isdecimal() for c in first)
-    items = (np.array([0] * len(row) if head and row is first else row, np.float32) for row in rows.values())
+    first = [name.strip().lower() for name in first]
+    labels = {"label"} if "x" in first else {"label", "y"}                 # x and y: two coordinates
+    head = bool(labels & {*first}) or not any(c.strip("+-.")[:1].isdecimal() for c in first) \
+        or len(first) > 1 and first == [str(i) for i in range(len(first))]      # as pandas numbers columns
+    items = (np.array([0] * len(row) if head and not i else row, np.float32) for i, row in enumerate(rows.values()))
     x, _ = _together(items, path, [*rows])
-    at = [i for i, name in enumerate(first) if name.strip() in ("label", "y")][:1]
+    at = [i for i, name in enumerate(first) if name in labels][:1]
     return np.delete(x[head:], at, axis=1), x[head:, at[0]] if at else None
 
 def _npz(path: Path) -> tuple[np.ndarray, Any]:
@@ -189,7 +201,7 @@ def _npz(path: Path) -> tuple[np.ndarray, Any]:
         raise ValueError(f"{path} holds the arrays {', '.join(arrays) or '(none)'}: call the one with the data x")
     return arrays.get("x", [*arrays.values()][0]), y[-1] if y else None
 
-# %% ../nbs/library/26_data.ipynb #eb10eb10
+# %% ../nbs/library/26_data.ipynb #c1393379
 def _read(source: Any) -> tuple[str, np.ndarray, Any]:
     if isinstance(source, (np.ndarray, Tensor)): return "array", _array(source), None
     if isinstance(source, (Dataset, DataLoader)):
@@ -208,8 +220,11 @@ def seen_items(source: Any, likelihood: str, seed: int = 0) -> tuple[Tensor, Ten
     """Data of one's own, whole and in their own order: float32 (n, ...) as a model of that likelihood sees them, and the
     labels or None. For bernoulli, bytes 0 … 255 are made black and white once, by `seed`."""
     _, x, y = _read(source)
+    if x.dtype == np.uint8 and likelihood in ("gaussian", "continuous-bernoulli"):
+        raise ValueError(f"a {likelihood} model was trained on real numbers, these are bytes: give floats of its scale")
     if likelihood == "bernoulli" and x.dtype == np.uint8 and x.max() > 1: x = binarize_once(x, np.random.default_rng(seed))
-    return torch.from_numpy(x.astype(np.float32)), None if y is None else torch.from_numpy(_array(y))
+    y = _labels(y, len(x))
+    return torch.from_numpy(x.astype(np.float32)), None if y is None else torch.from_numpy(y)
 
 def load_data(source: Any, root: str | Path | None = None, seed: int = 0, binarize: str | None = None,
               labels: Any = None, conditional: bool = False) -> Data:
@@ -226,6 +241,8 @@ def load_data(source: Any, root: str | Path | None = None, seed: int = 0, binari
     if binarize is not None: known("binarize", binarize, dict.fromkeys(BINARIZE))
     name = source if isinstance(source, str) and source in ("digits", *TORCHVISION) else None
     if name and labels is not None: raise ValueError(f"{name} has labels of its own: leave labels out")
+    if labels is not None and isinstance(source, DataLoader):
+        raise ValueError("a DataLoader may shuffle: let its Dataset give (x, y), or give that Dataset and labels")
     data = _digits(seed) if name == "digits" else _mnist(name, root) if name else _own(*_read(source), labels, seed)
     if name and data.total == 255 or binarize in BINARIZE[1:]: data = _binarized(data, binarize or "dynamic", seed)
     if conditional and data.train_labels is None:

@@ -24,7 +24,7 @@ from .elbo import Terms, distortion, elbo, log_terms, rate
 from .importance import effective_sample_size, iwae
 from .model import mean_of
 
-# %% ../nbs/library/27_evaluation.ipynb #96bfc7a3
+# %% ../nbs/library/27_evaluation.ipynb #ebcd3c58
 BLOCK = 2 ** 22      # numbers (samples × images × width of the model) in one forward pass
 GROUP = 2 ** 21      # log weights (k × n) kept at a time
 PAIRS = 2 ** 22      # of a cause and an image, in the aggregate posterior, for Gaussians; for flows PAIRS / 256
@@ -50,15 +50,17 @@ def _frozen(model: nn.Module, seed: int) -> Iterator[None]:
 
 def _parts(model: nn.Module, size: int, x: Tensor, condition: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
     "(x,) or (x, condition) of `size` images at a time, on the model's device and in its dtype."
-    for part in zip(*(t.split(size) for t in ((x,) if condition is None else (x, condition)))):
+    for part in zip(*(torch.as_tensor(t).split(size) for t in ((x,) if condition is None else (x, condition)))):
         yield tuple(t.to(*_home(model)) for t in part)
 
 def _width(model: nn.Module, x: Tensor, given: tuple[Tensor, ...]) -> int:
-    "How many numbers a sample for an image needs: its pixels times their classes, or d times the bells of the prior."
+    """How many numbers a sample for an image needs: its pixels times their classes, d times the bells of the prior, or the
+    widest layer (channels times pixels of a convolution)."""
     prior = model.prior(*given)
     bells = prior.mixture_distribution.logits.shape[-1] if isinstance(prior, MixtureSameFamily) else 1
     classes = model.likelihood.total + 1 if getattr(model.likelihood, "unordered", False) else 1
-    return max(x[0].numel() * classes, prior.event_shape.numel() * bells)
+    layers = [p.shape[0] * (x[0].numel() if p.ndim == 4 else 1) for p in getattr(model.likelihood, "parameters", list)() if p.ndim > 1]
+    return max(x[0].numel() * classes, prior.event_shape.numel() * bells, *layers)
 
 # %% ../nbs/library/27_evaluation.ipynb #e7de3687
 def grouped_terms(model: nn.Module, x: Tensor, k: int, condition: Tensor | None = None,
@@ -73,7 +75,7 @@ def grouped_terms(model: nn.Module, x: Tensor, k: int, condition: Tensor | None 
             yield Terms(images.new_empty(0), *(torch.cat(t).cpu().double() for t in zip(*passes)))
             bar.update(len(images))
 
-# %% ../nbs/library/27_evaluation.ipynb #1e29e47e
+# %% ../nbs/library/27_evaluation.ipynb #70f3129e
 def bound_by_k(log_w: Tensor) -> dict[int, Tensor]:
     "(k, n) log weights → the m-sample bound (n,), nats, for m = 1, 10, 100, … and k: the mean over k // m groups."
     k = len(log_w)
@@ -95,7 +97,9 @@ class PerImage(NamedTuple):
 
 def _checked(model: nn.Module, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
     "Both as tensors. Raises ValueError where they do not go together, or with the model's likelihood."
-    x, condition = torch.as_tensor(x), None if condition is None else torch.as_tensor(condition)
+    try: x, condition = torch.as_tensor(x), None if condition is None else torch.as_tensor(condition)
+    except (TypeError, RuntimeError, ValueError) as e:
+        raise ValueError(f"images and conditions are tensors or arrays: got {type(x).__name__}, {type(condition).__name__}") from e
     if not x.shape or not len(x): raise ValueError("there are no images: at least one is needed")
     if condition is not None and (len(condition) != len(x) or not condition.isfinite().all()):
         raise ValueError(f"{len(x)} images need as many conditions, of finite numbers: got {tuple(condition.shape)}")
@@ -119,7 +123,7 @@ def per_image(model: nn.Module, x: Tensor, k: int = 1000, seed: int = 0, conditi
     *values, = torch.cat(found, dim=1)
     return PerImage(*values[:4], dict(zip(bounds, values[4:])))
 
-# %% ../nbs/library/27_evaluation.ipynb #971f35dc
+# %% ../nbs/library/27_evaluation.ipynb #529df1c8
 def aggregate_kl(model: nn.Module, x: Tensor, seed: int = 0) -> Tensor:
     """(m,) log q(z) - log p(z), nats, at a z ~ q(z|x_i) for each of m of the n images; the mean estimates
     KL(q(z) || p(z)) (equation 27.1). m is n, or as many as make PAIRS pairs with all images."""
@@ -131,8 +135,7 @@ def aggregate_kl(model: nn.Module, x: Tensor, seed: int = 0) -> Tensor:
         z = torch.cat([model.posterior(part).sample() for (part,) in _parts(model, 4096, chosen, None)])   # (m, d)
         total = torch.full((m,), -math.inf, dtype=z.dtype, device=z.device)
         for (part,) in _parts(model, max(1, BLOCK // z.numel()), x, None):
-            pairs = z[:, None].expand(m, len(part), z.shape[1])
-            total = torch.logaddexp(total, model.posterior(part).log_prob(pairs).logsumexp(1))
+            total = torch.logaddexp(total, model.posterior(part).log_prob(z[:, None]).logsumexp(1))
         return (total - math.log(len(x)) - prior.log_prob(z)).cpu().double()
 
 # %% ../nbs/library/27_evaluation.ipynb #a9618862
@@ -226,22 +229,22 @@ def evaluate(model: nn.Module, x: Tensor, k: int = 1000, seed: int = 0, data: st
         kl_by_latent=apart, seconds=time.perf_counter() - start, seed=seed, data=data, split=split,
         device=str(_home(model)[0]))
 
-# %% ../nbs/library/27_evaluation.ipynb #364d0265
-@torch.no_grad()
+# %% ../nbs/library/27_evaluation.ipynb #5d186a20
 def active_units(model: nn.Module, x: Tensor, threshold: float = 0.01, condition: Tensor | None = None) -> int:
     """How many latent dimensions have a posterior mean whose variance over the images x is above `threshold`
     (Burda et al. 2015)."""
-    means = torch.cat([mean_of(model.posterior(*part)) for part in _parts(model, 4096, x, condition)])
+    with _frozen(model, 0):
+        means = torch.cat([mean_of(model.posterior(*part)) for part in _parts(model, 4096, x, condition)])
     return int((means.var(0, unbiased=False) > threshold).sum())
 
-@torch.no_grad()
 def kl_by_latent(model: nn.Module, x: Tensor, condition: Tensor | None = None) -> list[float] | None:
     "KL(q(z_j|x) || p(z_j)) for each latent, mean over images, nats (2.11); None unless both are `DiagonalNormal`s."
     found = []
-    for images, *c in _parts(model, 4096, x, condition):
-        q, p = model.posterior(images, *c), model.prior(*c)
-        if not (isinstance(q, DiagonalNormal) and isinstance(p, DiagonalNormal)): return None
-        found.append(kl_normal(q.mean, q.stddev, p.mean, p.stddev).cpu().double())
+    with _frozen(model, 0):
+        for images, *c in _parts(model, 4096, x, condition):
+            q, p = model.posterior(images, *c), model.prior(*c)
+            if not (isinstance(q, DiagonalNormal) and isinstance(p, DiagonalNormal)): return None
+            found.append(kl_normal(q.mean, q.stddev, p.mean, p.stddev).cpu().double())
     return torch.cat(found).mean(0).tolist()
 
 # %% ../nbs/library/27_evaluation.ipynb #fe042534

@@ -16,7 +16,7 @@ from .networks import NETWORKS
 from .posteriors import POSTERIORS
 from .priors import PRIORS, ConditionalNormal, VampPrior
 
-# %% ../nbs/library/24_model.ipynb #3c70f7d7
+# %% ../nbs/library/24_model.ipynb #67d6c5c1
 class Parts(nn.Module):
     "The three modules as one: likelihood, posterior, prior; between images and causes, in both directions."
     def __init__(self, likelihood: nn.Module, posterior: nn.Module, prior: nn.Module) -> None:
@@ -28,9 +28,11 @@ class Parts(nn.Module):
         # another part: not what was built
         if name in ("likelihood", "posterior", "prior"): self.__dict__["config"] = None
         super().__setattr__(name, value)
+        if name == "posterior" and isinstance(p := self._modules.get("prior"), VampPrior): p.__dict__["posterior"] = value
 
     def place(self, t: Tensor) -> Tensor:
-        "t on the model's device and in its dtype."
+        "t, a tensor or array, on the model's device and in its dtype."
+        t = torch.as_tensor(t)
         return next((t.to(p.device, p.dtype) for p in self.parameters()), t)
 
     def given(self, condition: Tensor | None) -> tuple[Tensor, ...]:
@@ -45,10 +47,10 @@ class Parts(nn.Module):
     @torch.no_grad()
     def decode(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
         "Causes (..., n, d_z) → the mean images of p(x|z), (..., n, *shape)."
-        return self.likelihood(self.place(z), *self.given(condition)).mean
+        return mean_of(self.likelihood(self.place(z), *self.given(condition)))
 
 def mean_of(q: Distribution) -> Tensor:
-    "The mean of q, or that of 100 samples where it has no formula."
+    "The mean of a distribution, or that of 100 samples where it has no formula."
     try: return q.mean
     except NotImplementedError: return q.sample((100,)).mean(0)
 

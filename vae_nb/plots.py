@@ -63,7 +63,7 @@ def plot_samples(model: VAE, n: int = 100, mean: bool = True, title: str | None 
     return image_grid(_pictures(model.sample(n, mean=mean, condition=condition)), ncol=min(n, 20), vmax=_ink(model),
                       title=title or f"{n} samples of the prior, decoded")
 
-# %% ../nbs/library/30_plots.ipynb #290e4c8e
+# %% ../nbs/library/30_plots.ipynb #e1db866a
 def _name(dim: int) -> str: return "z" + "".join("₀₁₂₃₄₅₆₇₈₉"[int(c)] for c in str(dim + 1))
 
 def widest(model: VAE, x: Tensor, condition: Tensor | None = None) -> list[int]:
@@ -76,6 +76,7 @@ def plot_latent_map(model: VAE, x: Tensor, labels: Tensor | None = None,
     "Posterior means of images x in the two widest latent dimensions, coloured by label."
     dims, means = widest(model, x, condition), model.encode(x, condition).cpu()
     xy = torch.stack([means[:, dims[0]], means[:, dims[-1]] if len(dims) > 1 else torch.zeros(len(means))], dim=1)
+    if labels is not None and labels.ndim > 1: labels = None             # vectors have no colour
     return points(xy, labels, _name(dims[0]), _name(dims[-1]) if len(dims) > 1 else "", title)
 
 # %% ../nbs/library/30_plots.ipynb #393226ff

@@ -42,12 +42,15 @@ class DiagonalPosterior(Posterior):
         mean, log_std = params.chunk(2, dim=-1)
         return DiagonalNormal(mean, bounded_std(log_std))
 
-# %% ../nbs/library/21_posteriors.ipynb #af879355
+# %% ../nbs/library/21_posteriors.ipynb #c014d96b
+def _all_bits(t: Tensor) -> torch.autocast: return torch.autocast(t.device.type, enabled=False)
+
 class FullNormal(MultivariateNormal):
     "torch's Gaussian with correlations; has the density of its own samples from their noise, nats (equation 21.3)."
     def rsample_and_log_prob(self, sample_shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         noise = torch.randn(*sample_shape, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
-        z = self.loc + (self.scale_tril * noise[..., None, :]).sum(-1)
+        with _all_bits(noise): z = self.loc + torch.einsum("...ij,k...j->k...i", self.scale_tril, noise.reshape(
+            -1, *self.loc.shape)).reshape(noise.shape)             # a scale for each image, not for each sample
         return z, (log_normal(noise, 0.0, 1.0) - self.scale_tril.diagonal(dim1=-2, dim2=-1).log()).sum(-1)
 
 class FullPosterior(Posterior):
@@ -62,7 +65,7 @@ class FullPosterior(Posterior):
         mix[..., row, column] = entries
         return FullNormal(mean, scale_tril=bounded_std(log_std)[..., None] * mix, validate_args=False)
 
-# %% ../nbs/library/21_posteriors.ipynb #b1d77265
+# %% ../nbs/library/21_posteriors.ipynb #1c44d868
 def flow_steps(kind: str, latent_dim: int, context: int = 0, hidden: int = 64, transforms: int = 2) -> nn.ModuleList:
     """The steps of a flow, "iaf" or "nsf" (equations 21.5, 21.6): zuko's lazy transforms, the identity at first.
     hidden: width of the two hidden layers of each, at least 2 * latent_dim. Raises ValueError for another kind."""
@@ -74,8 +77,6 @@ def flow_steps(kind: str, latent_dim: int, context: int = 0, hidden: int = 64, t
     for step in steps:
         for p in (step.hyper[-1] if hasattr(step, "hyper") else step).parameters(): nn.init.zeros_(p)
     return nn.ModuleList(steps).float()
-
-def _all_bits(t: Tensor) -> torch.autocast: return torch.autocast(t.device.type, enabled=False)
 
 class BentNormal(NormalizingFlow):
     """The diagonal Gaussian `start` with its noise bent by `steps` (equation 21.4), which see `context` (*batch, c).

@@ -68,7 +68,7 @@ class FlowPrior(nn.Module):
 
     def forward(self, condition: Tensor | None = None) -> BentNormal: return BentNormal(self.start(), self.steps)
 
-# %% ../nbs/library/22_priors.ipynb #aedd5abb
+# %% ../nbs/library/22_priors.ipynb #a53a8727
 class ConditionalNormal(nn.Module):
     "p(z | c) for c (n, n_condition), batch (n,): mean and log scale linear in c (equation 22.5); at first N(0, I)."
     def __init__(self, latent_dim: int, n_condition: int) -> None:
@@ -80,7 +80,8 @@ class ConditionalNormal(nn.Module):
         if condition is None or condition.shape[-1:] != (self.network.in_features,):
             raise ValueError(f"this prior's condition is (n, {self.network.in_features}), a vector for each image: got "
                              f"{None if condition is None else tuple(condition.shape)}")
-        mean, log_std = self.network(condition).chunk(2, dim=-1)
+        params = self.network(condition)
+        mean, log_std = params.to(torch.promote_types(params.dtype, torch.float32)).chunk(2, dim=-1)
         return DiagonalNormal(mean, bounded_std(log_std))
 
 PRIORS: dict[str, type[nn.Module]] = {"standard": StandardNormal, "mixture": MixturePrior, "vamp": VampPrior,
