@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'write_atomically', 'write_json', 'save', 'read_config', 'load', 'refuse_taken', 'make_folder', 'load_run']
 
-# %% ../nbs/library/28_checkpoint.ipynb #83320ff9
+# %% ../nbs/library/28_checkpoint.ipynb #51faf75c
 import json
 import os
 from itertools import count
@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors, save as tensor_bytes
 from torch import nn
-from .data import TORCHVISION, Data, load_data
+from .data import TORCHVISION, Data, fingerprint, load_data
 from .model import VAE, build_vae
 
 # %% ../nbs/library/28_checkpoint.ipynb #cd7b89eb
@@ -107,7 +107,7 @@ def _rebuild(folder: str | Path, config: Any) -> VAE:
     try: return build_vae(**config)
     except (TypeError, ValueError) as e: raise ValueError(f"config.json in {str(folder)!r} is damaged, its model cannot be built: {e}") from e
 
-# %% ../nbs/library/28_checkpoint.ipynb #38c20105
+# %% ../nbs/library/28_checkpoint.ipynb #9c8620e2
 def refuse_taken(out: Path | None) -> None:
     "Raises ValueError unless `out` is None, new, or an empty folder."
     if out is None: return
@@ -138,6 +138,6 @@ def load_run(run: str | Path, moved: str | Path | None = None) -> tuple[VAE, Dat
     try: data = load_data(**source)
     except FileNotFoundError as e: raise FileNotFoundError(f"{e}; if the data moved, say where they are now") from e
     except TypeError as e: raise ValueError(f"config.json in {str(run)!r} is damaged: {e}") from e
-    if print_ not in (None, data.fingerprint()):
+    if print_ not in (None, fingerprint(data)):
         raise ValueError(f"the data of {str(run)!r} have changed since it was trained: held-out images may no longer be so")
     return model, data

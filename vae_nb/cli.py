@@ -8,7 +8,7 @@ __all__ = ['app', 'DEFAULTS', 'REPORT_K', 'DataName', 'DataDir', 'Binarize', 'Co
            'Rate', 'Device', 'Seed', 'OutFolder', 'Run', 'Split', 'Moved', 'NoiseSeed', 'train', 'evaluate_run',
            'sample', 'encode', 'main']
 
-# %% ../nbs/library/33_cli.ipynb #abfe480f
+# %% ../nbs/library/33_cli.ipynb #56dfaac1
 import json
 import os
 import shlex
@@ -23,7 +23,7 @@ import torch
 import typer
 from .checks import known, whole_number
 from .checkpoint import FORMAT, load, load_run, make_folder, read_config, refuse_taken, save, write_json
-from .data import BINARIZE, TORCHVISION, Data, as_condition, load_data, seen_items
+from .data import BINARIZE, TORCHVISION, Data, as_condition, fingerprint, load_data, seen_items
 from .evaluation import evaluate, per_image
 from .likelihoods import LIKELIHOODS, WholeNumbers
 from .model import VAE, build_vae
@@ -109,7 +109,7 @@ Device = Annotated[str, _text("auto, cpu, cuda, cuda:0, … or mps.")]
 Seed = Annotated[int, _number("Of the initial weights, the order of images and all noise.")]
 OutFolder = Annotated[Optional[Path], _text("Run folder, new or empty. Default: runs/DATA-1, runs/DATA-2, …")]
 
-# %% ../nbs/library/33_cli.ipynb #f3517e50
+# %% ../nbs/library/33_cli.ipynb #d447ad4b
 @app.command()
 def train(data: DataName = "digits", data_dir: DataDir = None, binarize: Binarize = None, conditional: Conditional = False,
           latent_dim: LatentDim = None, network: Network = "mlp", hidden: Hidden = None, likelihood: Likelihood = None,
@@ -137,7 +137,7 @@ def train(data: DataName = "digits", data_dir: DataDir = None, binarize: Binariz
         trainer = Trainer(model, images, config)
         folder, made = make_folder(out, images.name)
     dims = None if images.train_labels is None else images.train_labels.ndim
-    _run(folder, made, trainer, {"data": source, "fingerprint": images.fingerprint(), "label_dims": dims,
+    _run(folder, made, trainer, {"data": source, "fingerprint": fingerprint(images), "label_dims": dims,
                                  "train": asdict(config), "weights": "best on validation"})
 
 # %% ../nbs/library/33_cli.ipynb #e26b9c85

@@ -75,7 +75,7 @@ def grouped_terms(model: nn.Module, x: Tensor, k: int, condition: Tensor | None 
             yield Terms(images.new_empty(0), *(torch.cat(t).cpu().double() for t in zip(*passes)))
             bar.update(len(images))
 
-# %% ../nbs/library/27_evaluation.ipynb #70f3129e
+# %% ../nbs/library/27_evaluation.ipynb #5314b46d
 def bound_by_k(log_w: Tensor) -> dict[int, Tensor]:
     "(k, n) log weights → the m-sample bound (n,), nats, for m = 1, 10, 100, … and k: the mean over k // m groups."
     k = len(log_w)
@@ -95,6 +95,7 @@ class PerImage(NamedTuple):
     @property
     def log_px(self) -> Tensor: return self.bounds[max(self.bounds)]
 
+# %% ../nbs/library/27_evaluation.ipynb #9a7cf127
 def _checked(model: nn.Module, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
     "Both as tensors. Raises ValueError where they do not go together, or with the model's likelihood."
     try: x, condition = torch.as_tensor(x), None if condition is None else torch.as_tensor(condition)
