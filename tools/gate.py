@@ -30,7 +30,7 @@ from typing import Callable
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "vae_nb"
 # Where a distribution is not called what is imported from it.
-DISTRIBUTION = {"sklearn": "scikit-learn"}
+DISTRIBUTION = {"sklearn": "scikit-learn", "PIL": "pillow"}
 # Run in the environment where the wheel is installed, outside the checkout.
 IMPORT_LIGHT = f"""
 import sys, {PACKAGE}
