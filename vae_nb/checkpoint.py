@@ -107,7 +107,7 @@ def _rebuild(folder: str | Path, config: Any) -> VAE:
     try: return build_vae(**config)
     except (TypeError, ValueError) as e: raise ValueError(f"config.json in {str(folder)!r} is damaged, its model cannot be built: {e}") from e
 
-# %% ../nbs/library/28_checkpoint.ipynb #9c8620e2
+# %% ../nbs/library/28_checkpoint.ipynb #f4efc658
 def refuse_taken(out: Path | None) -> None:
     "Raises ValueError unless `out` is None, new, or an empty folder."
     if out is None: return
@@ -131,13 +131,13 @@ def load_run(run: str | Path, moved: str | Path | None = None) -> tuple[VAE, Dat
     """The model of a run of `vae_nb train`, and its data: from where they were, or from `moved`, their folder or file.
     Raises ValueError for a folder that does not say, FileNotFoundError where something is missing."""
     config, model = read_config(run), load(run)
-    source, print_ = config.get("data"), config.get("fingerprint")
+    source, trained_on = config.get("data"), config.get("fingerprint")
     if not (isinstance(source, dict) and source.keys() == {"source", "root", "binarize", "seed", "conditional"}):
         raise ValueError(f"config.json in {str(run)!r} does not say on which data it was trained: use load and load_data")
     if moved: source = {**source, "root" if source["source"] in TORCHVISION else "source": str(moved)}
     try: data = load_data(**source)
     except FileNotFoundError as e: raise FileNotFoundError(f"{e}; if the data moved, say where they are now") from e
     except TypeError as e: raise ValueError(f"config.json in {str(run)!r} is damaged: {e}") from e
-    if print_ not in (None, fingerprint(data)):
+    if trained_on not in (None, fingerprint(data)):
         raise ValueError(f"the data of {str(run)!r} have changed since it was trained: held-out images may no longer be so")
     return model, data

@@ -18,17 +18,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .checks import known
 
-# %% ../nbs/library/26_data.ipynb #10cdeedc
+# %% ../nbs/library/26_data.ipynb #eb3b7759
 def as_condition(y: Tensor | None, n_condition: int) -> Tensor | None:
     """Labels → float32 (n, n_condition): classes (n,) one-hot, vectors (n, n_condition) as they are; None if that is 0.
     Raises ValueError for no labels, classes from n_condition on, and vectors of another length."""
     if not n_condition: return None
-    y = y if y is None else torch.as_tensor(y)
     if y is None: raise ValueError("a conditional model is told the label of each image: here are none")
-    if (found := y.shape[1] if y.ndim == 2 else 1 + int(y.max())) != n_condition and (y.ndim == 2 or found > n_condition):
-        raise ValueError(f"labels are classes 0 … {n_condition - 1} or vectors of length {n_condition}: got "
-                         f"{f'length {found}' if y.ndim == 2 else f'class {found - 1}'}")
-    return (y if y.ndim == 2 else torch.nn.functional.one_hot(y.long(), n_condition)).float()
+    y, allowed = torch.as_tensor(y), f"labels are classes 0 … {n_condition - 1} or vectors of length {n_condition}: got"
+    if y.ndim == 2:
+        if y.shape[1] != n_condition: raise ValueError(f"{allowed} length {y.shape[1]}")
+        return y.float()
+    if y.max() >= n_condition: raise ValueError(f"{allowed} class {int(y.max())}")
+    return torch.nn.functional.one_hot(y.long(), n_condition).float()
 
 # %% ../nbs/library/26_data.ipynb #57100063
 @dataclass
@@ -212,11 +213,13 @@ def _read(source: Any) -> tuple[str, np.ndarray, Any]:
     if path.is_dir(): return path.resolve().name, *_folder(path)
     return path.stem, *known(f"{path}: kind", path.suffix.lower(), {".npy": _npz, ".npz": _npz, ".csv": _csv})(path)
 
-# %% ../nbs/library/26_data.ipynb #71abc1bc
+# %% ../nbs/library/26_data.ipynb #5fcf22ee
 def fingerprint(data: Data) -> str:
     "Says whether data are the same: the SHA-256 of images and labels in their splits."
-    parts = (data.train, data.valid, data.test, data.train_labels, data.valid_labels, data.test_labels)
-    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in parts if t is not None)).hexdigest()
+    digest = hashlib.sha256()
+    for t in (data.train, data.valid, data.test, data.train_labels, data.valid_labels, data.test_labels):
+        if t is not None: digest.update(np.ascontiguousarray(t.numpy()))
+    return digest.hexdigest()
 
 def seen_items(source: Any, likelihood: str, seed: int = 0) -> tuple[Tensor, Tensor | None]:
     """Data of one's own, whole and in their own order: float32 (n, ...) as a model of that likelihood sees them, and the

@@ -200,7 +200,7 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list): return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-# %% ../nbs/library/27_evaluation.ipynb #0ee2b445
+# %% ../nbs/library/27_evaluation.ipynb #e12f22b7
 def _se(values: Tensor) -> float:
     "Standard error of the mean."
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
@@ -212,8 +212,8 @@ def evaluate(model: nn.Module, x: Tensor, k: int = 1000, seed: int = 0, data: st
     The model is any `LatentModel` that is an nn.Module; its mode and torch's random state are left as they were.
     data and split are names for the report. Raises ValueError as `per_image` does.
     """
-    start, (x, condition) = time.perf_counter(), _checked(model, x, condition)
-    found = per_image(model, x, k, seed, condition, progress)
+    start, found = time.perf_counter(), per_image(model, x, k, seed, condition, progress)
+    x = torch.as_tensor(x)
     r, d, g = found.rate.mean().item(), found.distortion.mean().item(), found.jensen.mean().item()
     log_px = -r - d + g if math.isfinite(r + d) else found.log_px.mean().item()  # a weight of zero: no ELBO, but a bound
     bounds = {m: bound.mean().item() for m, bound in found.bounds.items()} | {1: -r - d, k: log_px}

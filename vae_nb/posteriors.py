@@ -6,20 +6,21 @@
 __all__ = ['POSTERIORS', 'Posterior', 'bounded_std', 'DiagonalPosterior', 'FullNormal', 'FullPosterior', 'flow_steps',
            'BentNormal', 'FlowPosterior', 'SplinePosterior']
 
-# %% ../nbs/library/21_posteriors.ipynb #da7eefec
+# %% ../nbs/library/21_posteriors.ipynb #1d5b0209
 import copy
 import torch
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, Distribution, MultivariateNormal, constraints
 from .densities import DiagonalNormal, log_normal
 from .gradients import detached
+from .likelihoods import at_least_32_bits
 _checked = Distribution._validate_args                  # zuko switches torch's own checks off, for everybody
 from zuko.distributions import NormalizingFlow
 from zuko.flows import MaskedAutoregressiveTransform
 from zuko.transforms import ComposedTransform, MonotonicRQSTransform
 Distribution.set_default_validate_args(_checked)
 
-# %% ../nbs/library/21_posteriors.ipynb #2c1fae1d
+# %% ../nbs/library/21_posteriors.ipynb #a1c07f62
 class Posterior(nn.Module):
     """q(z | x): `network` maps x (n, *shape), or (x, condition), to (n, n_params(latent_dim)); called with the same,
     returns a distribution of batch (n,), event (latent_dim,). Subclasses read these numbers in `distribution`."""
@@ -28,7 +29,7 @@ class Posterior(nn.Module):
         self.network, self.latent_dim = network, latent_dim
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Distribution:
         params = self.network(x) if condition is None else self.network(x, condition)
-        return self.distribution(params.to(torch.promote_types(params.dtype, torch.float32)))  # 32 bits at least
+        return self.distribution(at_least_32_bits(params))
 
 def bounded_std(log_std: Tensor) -> Tensor:
     "Standard deviations between 0.001 and 1100 from any real numbers, with a gradient everywhere (equation 21.1)."

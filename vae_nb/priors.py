@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PRIORS', 'StandardNormal', 'mixture', 'MixturePrior', 'VampPrior', 'FlowPrior', 'ConditionalNormal']
 
-# %% ../nbs/library/22_priors.ipynb #c6a70d30
+# %% ../nbs/library/22_priors.ipynb #234c1fdb
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, MixtureSameFamily
 from .checks import whole_number
 from .densities import DiagonalNormal
+from .likelihoods import at_least_32_bits
 from .posteriors import BentNormal, bounded_std, flow_steps
 
 # %% ../nbs/library/22_priors.ipynb #b4e8c076
@@ -68,7 +69,7 @@ class FlowPrior(nn.Module):
 
     def forward(self, condition: Tensor | None = None) -> BentNormal: return BentNormal(self.start(), self.steps)
 
-# %% ../nbs/library/22_priors.ipynb #a53a8727
+# %% ../nbs/library/22_priors.ipynb #67bcdb66
 class ConditionalNormal(nn.Module):
     "p(z | c) for c (n, n_condition), batch (n,): mean and log scale linear in c (equation 22.5); at first N(0, I)."
     def __init__(self, latent_dim: int, n_condition: int) -> None:
@@ -80,8 +81,7 @@ class ConditionalNormal(nn.Module):
         if condition is None or condition.shape[-1:] != (self.network.in_features,):
             raise ValueError(f"this prior's condition is (n, {self.network.in_features}), a vector for each image: got "
                              f"{None if condition is None else tuple(condition.shape)}")
-        params = self.network(condition)
-        mean, log_std = params.to(torch.promote_types(params.dtype, torch.float32)).chunk(2, dim=-1)
+        mean, log_std = at_least_32_bits(self.network(condition)).chunk(2, dim=-1)
         return DiagonalNormal(mean, bounded_std(log_std))
 
 PRIORS: dict[str, type[nn.Module]] = {"standard": StandardNormal, "mixture": MixturePrior, "vamp": VampPrior,
