@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/library/34_all.ipynb #490ac1ed
+# %% ../nbs/library/34_all.ipynb #d6a65133
 import torch
 from .amortisation import *
 from .annealing import *
@@ -13,6 +13,7 @@ from .checkpoint import *
 from .checks import *
 from .data import *
 from .densities import *
+from .devices import *
 from .elbo import *
 from .evaluation import *
 from .evidence import *

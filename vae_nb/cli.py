@@ -5,34 +5,36 @@
 # %% auto #0
 __all__ = ['app', 'DEFAULTS', 'REPORT_K', 'DataName', 'DataDir', 'Binarize', 'Conditional', 'LatentDim', 'Hidden', 'Network',
            'Likelihood', 'Posterior', 'Prior', 'ObjectiveName', 'Samples', 'Beta', 'Warmup', 'Epochs', 'BatchSize',
-           'Rate', 'Device', 'Seed', 'OutFolder', 'Run', 'Split', 'Moved', 'NoiseSeed', 'train', 'evaluate_run',
-           'sample', 'encode', 'main']
+           'Rate', 'Average', 'Patience', 'Precision', 'Resume', 'Device', 'Seed', 'OutFolder', 'Run', 'Split', 'Moved',
+           'NoiseSeed', 'train', 'evaluate_run', 'sample', 'encode', 'main']
 
-# %% ../nbs/library/33_cli.ipynb #56dfaac1
+# %% ../nbs/library/33_cli.ipynb #5d6fb6fb
 import json
 import os
 import shlex
+import shutil
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Optional
 import numpy as np
 import torch
 import typer
 from .checks import known, whole_number
-from .checkpoint import FORMAT, load, load_run, make_folder, read_config, refuse_taken, save, write_json
-from .data import BINARIZE, TORCHVISION, Data, as_condition, fingerprint, load_data, seen_items
+from .checkpoint import load, load_run, make_folder, read_config, refuse_taken, save, write_json
+from .data import BINARIZE, TORCHVISION, Data, as_condition, load_data, seen_items
+from .devices import PRECISIONS, all_of, checked_seed, joined, pick_device, rank
 from .evaluation import evaluate, per_image
 from .likelihoods import LIKELIHOODS, WholeNumbers
 from .model import VAE, build_vae
 from .networks import NETWORKS
-from .objectives import OBJECTIVES
+from .objectives import OBJECTIVES, KLWeight
 from .plots import plot_samples, run_figures
 from .posteriors import POSTERIORS
 from .priors import PRIORS
-from .trainer import TrainConfig, Trainer, checked_seed, pick_device, stop_on_interrupt
+from .trainer import TrainConfig, Trainer, stop_on_interrupt
 
 # %% ../nbs/library/33_cli.ipynb #12e08848
 app = typer.Typer(help="Variational autoencoders: train, evaluate, sample. Every figure is in nats per image.",
@@ -63,13 +65,14 @@ def _default(name: str) -> str:
 
 def _text(help: str) -> Any: return typer.Option(help=help)
 
-# %% ../nbs/library/33_cli.ipynb #e2eb73f3
+# %% ../nbs/library/33_cli.ipynb #5e46b73d
 REPORT_K = 128       # samples for each image in the report that ends a training run
 
 def _report(folder: Path, trainer: Trainer, progress: bool) -> None:
     "Evaluate the model on the test images, draw the figures, and say where everything is."
     model, data, history, asked = trainer.model, trainer.data, trainer.history, trainer.data.condition("test")
     report = evaluate(model, data.test, REPORT_K, trainer.config.seed, data.name, "test", asked, progress)
+    if rank(): return
     write_json(folder / "report.json", report.to_dict())
     _save_figures(folder, run_figures(model, history, data.test, data.test_labels, asked))
     best = max(history, key=lambda r: r["valid_weighted"])
@@ -84,7 +87,7 @@ def _save_figures(folder: Path, figures: dict[str, Any]) -> None:
     (folder / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items(): figure.savefig(folder / "figures" / f"{name}.png", dpi=130)
 
-# %% ../nbs/library/33_cli.ipynb #06b8f439
+# %% ../nbs/library/33_cli.ipynb #9ceb63ec
 DataName = Annotated[str, _text(f"What to learn: {_one_of(['digits', *TORCHVISION])}, or a path to your own: a folder "
                                 "of images, or a file .npy, .npz, .csv.")]
 DataDir = Annotated[Optional[Path], _text("Folder with torchvision's files; it must exist. Default: a cache, with download.")]
@@ -105,54 +108,65 @@ Warmup = Annotated[int, _number("Epochs in which that weight rises from 0.")]
 Epochs = Annotated[Optional[int], _number(f"Passes over the training images. {_default('epochs')}")]
 BatchSize = Annotated[Optional[int], _number(f"Images in a step. {_default('batch_size')}")]
 Rate = Annotated[float, _number("Adam's learning rate at the start; it decays to zero along half a cosine.", float)]
+Average = Annotated[float, _number("Share that running averages of the weights keep in a step, such as 0.999; they are then the "
+                                   "model. 0: no averages.", float)]
+Patience = Annotated[int, _number("Stop after so many epochs without gain on validation. 0: never.")]
+Precision = Annotated[str, _text(f"Of the networks: {_one_of(PRECISIONS)}. Log densities are always float32 or better.")]
+Resume = Annotated[Optional[Path], _text("Go on with this run, which was cut off; alone, all else is as it was.")]
 Device = Annotated[str, _text("auto, cpu, cuda, cuda:0, … or mps.")]
 Seed = Annotated[int, _number("Of the initial weights, the order of images and all noise.")]
 OutFolder = Annotated[Optional[Path], _text("Run folder, new or empty. Default: runs/DATA-1, runs/DATA-2, …")]
 
-# %% ../nbs/library/33_cli.ipynb #d447ad4b
+# %% ../nbs/library/33_cli.ipynb #95dc5304
 @app.command()
-def train(data: DataName = "digits", data_dir: DataDir = None, binarize: Binarize = None, conditional: Conditional = False,
+def train(context: typer.Context, data: DataName = "digits", data_dir: DataDir = None, binarize: Binarize = None, conditional: Conditional = False,
           latent_dim: LatentDim = None, network: Network = "mlp", hidden: Hidden = None, likelihood: Likelihood = None,
           posterior: Posterior = "diagonal", prior: Prior = "standard", objective: ObjectiveName = TrainConfig.objective,
-          k: Samples = TrainConfig.k, beta: Beta = TrainConfig.beta, kl_warmup: Warmup = TrainConfig.kl_warmup,
-          epochs: Epochs = None, batch_size: BatchSize = None, lr: Rate = TrainConfig.lr,
-          device: Device = TrainConfig.device, seed: Seed = TrainConfig.seed, out: OutFolder = None) -> None:
+          k: Samples = TrainConfig.k, beta: Beta = TrainConfig.beta, kl_warmup: Warmup = KLWeight.warmup,
+          epochs: Epochs = None, batch_size: BatchSize = None, lr: Rate = TrainConfig.lr, ema: Average = TrainConfig.ema,
+          patience: Patience = TrainConfig.patience, precision: Precision = TrainConfig.precision,
+          device: Device = TrainConfig.device, seed: Seed = TrainConfig.seed, out: OutFolder = None, resume: Resume = None) -> None:
     """Train a VAE, report held-out log p(x), and leave a run folder.
 
     Without options: scikit-learn's digits, two latents, under a minute on a CPU. Ctrl-C stops early and keeps what was learned.
+    What is cut off in any other way goes on with --resume. Several GPUs: torchrun --standalone --nproc-per-node 4 --no-python
+    vae_nb train ...
     """
+    restarted = out is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (out / "config.json").exists()
+    if resume or restarted: return _resume(resume or out, context)
     with _asked_for():
-        refuse_taken(out)
+        if rank() == 0: refuse_taken(out)
         given = {"latent_dim": latent_dim, "hidden": hidden, "epochs": epochs, "batch_size": batch_size}
         chosen = DEFAULTS.get(data, DEFAULTS["other"]) | {name: value for name, value in given.items() if value is not None}
-        config = TrainConfig(chosen["epochs"], chosen["batch_size"], lr, objective, k, beta, kl_warmup, device=device, seed=seed)
+        config = TrainConfig(chosen["epochs"], chosen["batch_size"], lr, objective, k, KLWeight(beta, kl_warmup), ema=ema,
+                             patience=patience, precision=precision, device=device, seed=seed)
         widths = _widths(chosen["hidden"]) if hidden is not None or network == "mlp" else None
         whole_number("latent_dim", chosen["latent_dim"])
         if likelihood is not None: known("likelihood", likelihood, LIKELIHOODS)
-        source = _source(data, data_dir, binarize, conditional)
-        images = load_data(**source)
+        images = load_data(data, None if data == "digits" else data_dir, binarize=binarize, conditional=conditional)
         torch.manual_seed(seed)
         model = build_vae(**_spec(images, likelihood), latent_dim=chosen["latent_dim"], hidden=widths, network=network,
                           posterior=posterior, prior=prior)
         trainer = Trainer(model, images, config)
-        folder, made = make_folder(out, images.name)
-    dims = None if images.train_labels is None else images.train_labels.ndim
-    _run(folder, made, trainer, {"data": source, "fingerprint": fingerprint(images), "label_dims": dims,
-                                 "train": asdict(config), "weights": "best on validation"})
+        trainer.run, made = all_of(make_folder(out, images.name) if rank() == 0 else None)[0]
+    _run(trainer, lambda: _take_back(trainer.run, made))
 
-# %% ../nbs/library/33_cli.ipynb #e26b9c85
+def _resume(run: Path, context: typer.Context) -> None:
+    "Go on with a run; one that is finished says so."
+    with _asked_for():
+        others = [name for name in context.params if context.get_parameter_source(name).name != "DEFAULT" and name != "resume"]
+        if others and not context.params["out"]: raise ValueError(f"--resume goes alone: {run} knows its --{others[0].replace('_', '-')}")
+        trainer = Trainer.resume(run)
+    if trainer.found and trainer.found[1]["done"] and (run / "report.json").exists():
+        return typer.echo(f"{run} is finished, after {len(trainer.found[1]['history'])} epochs: {run / 'report.json'}")
+    _run(trainer)
+
+# %% ../nbs/library/33_cli.ipynb #6c7c4d99
 def _widths(hidden: str) -> tuple[int, ...]:
     "\"256,256\" → (256, 256); an empty string is no hidden layer. Raises ValueError."
     try: return tuple(int(width) for width in hidden.split(",")) if hidden.strip() else ()
     except ValueError:
         raise ValueError(f"--hidden is whole numbers with commas between, such as 256,256: got {hidden!r}") from None
-
-def _source(data: str, data_dir: Optional[Path], binarize: Optional[str], conditional: bool) -> dict[str, Any]:
-    "What `load_data` needs to load the data again, from wherever: an entry of config.json."
-    own = data != "digits" and data not in TORCHVISION and Path(data).exists()
-    root = None if data_dir is None or data == "digits" else str(data_dir.resolve())
-    return {"source": str(Path(data).resolve()) if own else data, "root": root, "binarize": binarize, "seed": 0,
-            "conditional": conditional}
 
 def _spec(data: Data, likelihood: Optional[str]) -> dict[str, Any]:
     "The data's description for `build_vae`, with another likelihood if one was asked for."
@@ -162,32 +176,35 @@ def _spec(data: Data, likelihood: Optional[str]) -> dict[str, Any]:
         raise ValueError(f"a {likelihood} likelihood is for counts, as in digits: {data.name} has none")
     return {**data.spec, "likelihood": likelihood, "total": data.total if counts else None}
 
-# %% ../nbs/library/33_cli.ipynb #16c95c77
-def _run(folder: Path, made: bool, trainer: Trainer, config: dict[str, Any]) -> None:
-    """Train with a line in metrics.jsonl for each epoch, then finish. Exit code 130 after Ctrl-C, 1 after an error; where nothing
-    was learned, nothing is left behind."""
-    write_json(folder / "config.json", {"format": FORMAT, "model": trainer.model.config, **config})
-    failed = None
-    with stop_on_interrupt() as again, open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1) as metrics:
-        try: trainer.fit(on_epoch=lambda record: print(json.dumps(record), file=metrics))
+# %% ../nbs/library/33_cli.ipynb #1d8d832e
+def _run(trainer: Trainer, nothing_learned: Callable[[], None] = lambda: None) -> None:
+    "Train, save, report. Exit code 130 after Ctrl-C, 1 after an error, which calls nothing_learned if it was so."
+    folder, failed = trainer.run, None
+    with stop_on_interrupt() as again:
+        try: trainer.fit()
         except KeyboardInterrupt: again.set()
-        except (FloatingPointError, RuntimeError, MemoryError) as e: failed = str(e).splitlines()[0]
-        if trainer.history: save(trainer.model, folder, **config)    # a second Ctrl-C waits until here, then skips the report
-    if not trainer.history: _take_back(folder, made)
-    elif not again.is_set():
+        except (FloatingPointError, RuntimeError, MemoryError, OSError) as e: failed = " ".join(str(e).split())
+        try:                                               # a second Ctrl-C waits until here, then skips the report
+            if trainer.history and rank() == 0: save(trainer.model, folder, **_rest(read_config(folder)))
+        except OSError as e: failed = failed or str(e)
+    if failed and not trainer.history and rank() == 0: nothing_learned()
+    if trainer.history and not again.is_set() and not failed:
         try: _report(folder, trainer, progress=sys.stderr.isatty())
         except KeyboardInterrupt: again.set()
-    if again.is_set() and trainer.history:
-        typer.echo(f"stopped before the report; the model is kept: vae_nb evaluate {shlex.quote(str(folder))}", err=True)
-    if failed: typer.echo(f"Error: {failed}", err=True)
+        except OSError as e: failed = str(e)
+    name = shlex.quote(str(folder))
+    if again.is_set(): typer.echo(f"stopped before the report; what was learned is kept: vae_nb train --resume {name}", err=True)
+    if failed: typer.echo(f"Error: {failed}" + f"; then: vae_nb train --resume {name}" * folder.exists(), err=True)
     if failed or again.is_set() or trainer.interrupted: raise typer.Exit(1 if failed else 130)
+
+def _rest(config: dict[str, Any]) -> dict[str, Any]: return {name: value for name, value in config.items() if name != "model"}
 
 def _take_back(folder: Path, made: bool) -> None:
     "Remove what a run wrote before it learned anything, and the folder if it was new."
-    for name in ("config.json", "metrics.jsonl"): (folder / name).unlink(missing_ok=True)
+    for path in folder.iterdir(): shutil.rmtree(path) if path.is_dir() else path.unlink()
     if made: folder.rmdir()
 
-# %% ../nbs/library/33_cli.ipynb #644e9df8
+# %% ../nbs/library/33_cli.ipynb #a12525f8
 Run = Annotated[Path, typer.Argument(help="A run folder of vae_nb train.")]
 Split = Annotated[str, _text(f"Which images: {_one_of(['train', 'valid', 'test'])}.")]
 Moved = Annotated[Optional[Path], _text("Where the data are (for mnist and its kin, their folder), if they moved since training.")]
@@ -208,7 +225,7 @@ def evaluate_run(
         images, asked, model = data.split(split, seed), _condition(run, model, data.labels(split)), model.to(pick_device(device))
         model.likelihood.check(images)
     report = evaluate(model, images, k, seed, data.name, split, asked, progress=sys.stderr.isatty())
-    if out: write_json(out, report.to_dict())
+    if out and rank() == 0: write_json(out, report.to_dict())
     typer.echo(f"{report}\n  {report.seconds:.1f} s on {report.device}" + (f"\n  {out}" if out else ""))
 
 # %% ../nbs/library/33_cli.ipynb #d014b0fc
@@ -278,7 +295,7 @@ def encode(
         np.savetxt(path, np.column_stack([*table.values()]), "%.9g", ",", header=",".join(names), comments="")
     typer.echo(f"{len(x)} images, mean log p(x) {found.log_px.mean():.3f} nats: {path}")
 
-# %% ../nbs/library/33_cli.ipynb #e9b23aed
+# %% ../nbs/library/33_cli.ipynb #3fa765c1
 def _new_file(path: Optional[Path], endings: tuple[str, ...]) -> None:
     "Raises ValueError unless `path` is None or a file that can be made: right ending, not there yet, in a folder that is."
     if path is None: return
@@ -290,4 +307,7 @@ def _new_file(path: Optional[Path], endings: tuple[str, ...]) -> None:
 def main() -> None:
     "What the shell command `vae_nb` calls."
     for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="replace")      # a terminal may not know every sign
-    app()
+    warnings.showwarning = lambda message, *where: print(f"Warning: {message}", file=sys.stderr)
+    with joined():
+        if rank(): sys.stdout = open(os.devnull, "w")                                   # one of several processes speaks
+        app()

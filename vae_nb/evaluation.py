@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'GROUP', 'PAIRS', 'grouped_terms', 'bound_by_k', 'PerImage', 'per_image', 'aggregate_kl', 'Report',
            'evaluate', 'active_units', 'kl_by_latent', 'AnnealedBounds', 'annealed_bounds']
 
-# %% ../nbs/library/27_evaluation.ipynb #d5c5e9e8
+# %% ../nbs/library/27_evaluation.ipynb #91aa07d3
 import math
 import time
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from .annealing import ais, upper_bound
 from .checks import whole_number
 from .densities import DiagonalNormal, kl_normal, log_mean_exp
+from .devices import all_of, keep_memory, rank, seed_noise, world
 from .elbo import Terms, distortion, elbo, log_terms, rate
 from .importance import effective_sample_size, iwae
 from .model import mean_of
@@ -62,25 +63,30 @@ def _width(model: nn.Module, x: Tensor, given: tuple[Tensor, ...]) -> int:
     layers = [p.shape[0] * (x[0].numel() if p.ndim == 4 else 1) for p in getattr(model.likelihood, "parameters", list)() if p.ndim > 1]
     return max(x[0].numel() * classes, prior.event_shape.numel() * bells, *layers)
 
-# %% ../nbs/library/27_evaluation.ipynb #e7de3687
+# %% ../nbs/library/27_evaluation.ipynb #6df74238
 def grouped_terms(model: nn.Module, x: Tensor, k: int, condition: Tensor | None = None,
-                  progress: bool = False) -> Iterator[Terms]:
-    "The terms of the images, group by group: log densities (k, group) in float64 on the CPU; z is left out (empty)."
+                  progress: bool = False, seed: int = 0) -> Iterator[Terms]:
+    """The terms of the images, group by group: log densities (k, group) in float64 on the CPU; z is left out (empty). Of
+    several processes each gets its share of the groups; group i has the noise of (seed, i), whoever works it out."""
+    keep_memory()
     width = _width(model, x, tuple(t[:1] for t in next(_parts(model, 1, x, condition))[1:]))
     block = max(1, min(k, BLOCK // width))                                              # samples in one pass
     group = max(1, min(BLOCK // (block * width), GROUP // k))                           # images in one pass
-    with tqdm(total=len(x), unit="image", desc=f"log p(x), k = {k}", disable=not progress, leave=False) as bar:
-        for images, *c in _parts(model, group, x, condition):
-            passes = [log_terms(model, images, min(block, k - done), None, *c)[1:] for done in range(0, k, block)]
-            yield Terms(images.new_empty(0), *(torch.cat(t).cpu().double() for t in zip(*passes)))
+    with tqdm(total=len(x), unit="image", desc=f"log p(x), k = {k}", disable=not progress or rank() > 0, leave=False) as bar:
+        for i, (images, *c) in enumerate(_parts(model, group, x, condition)):
+            if i % world() == rank():
+                seed_noise(_home(model)[0], seed, i)
+                passes = [log_terms(model, images, min(block, k - done), None, *c)[1:] for done in range(0, k, block)]
+                yield Terms(images.new_empty(0), *(torch.cat(t).cpu().double() for t in zip(*passes)))
             bar.update(len(images))
 
-# %% ../nbs/library/27_evaluation.ipynb #5314b46d
+# %% ../nbs/library/27_evaluation.ipynb #09396f0f
 def bound_by_k(log_w: Tensor) -> dict[int, Tensor]:
     "(k, n) log weights → the m-sample bound (n,), nats, for m = 1, 10, 100, … and k: the mean over k // m groups."
     k = len(log_w)
-    sizes = [10 ** i for i in range(len(str(k))) if 10 ** i < k] + [k]
-    return {m: log_mean_exp(log_w[:k // m * m].unflatten(0, (k // m, m)), dim=1).mean(0) for m in sizes}
+    return {m: log_mean_exp(log_w[:k // m * m].unflatten(0, (k // m, m)), dim=1).mean(0) for m in _sizes(k)}
+
+def _sizes(k: int) -> list[int]: return [10 ** i for i in range(len(str(k))) if 10 ** i < k] + [k]
 
 class PerImage(NamedTuple):
     "For each of n images, in nats, float64 on the CPU."
@@ -95,7 +101,7 @@ class PerImage(NamedTuple):
     @property
     def log_px(self) -> Tensor: return self.bounds[max(self.bounds)]
 
-# %% ../nbs/library/27_evaluation.ipynb #9a7cf127
+# %% ../nbs/library/27_evaluation.ipynb #0440b600
 def _checked(model: nn.Module, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
     "Both as tensors. Raises ValueError where they do not go together, or with the model's likelihood."
     try: x, condition = torch.as_tensor(x), None if condition is None else torch.as_tensor(condition)
@@ -116,13 +122,14 @@ def per_image(model: nn.Module, x: Tensor, k: int = 1000, seed: int = 0, conditi
     k, found = whole_number("k, the samples for each image,", k), []
     x, condition = _checked(model, x, condition)
     with _frozen(model, seed):
-        for terms in grouped_terms(model, x, k, condition, progress):
+        for terms in grouped_terms(model, x, k, condition, progress, seed):
             bounds = bound_by_k(terms.log_w)
             jensen = (iwae(terms.log_w) - elbo(terms.log_w)).clamp_min(0)
             found.append(torch.stack([rate(terms), distortion(terms), jensen, effective_sample_size(terms.log_w),
                                       *bounds.values()]))
-    *values, = torch.cat(found, dim=1)
-    return PerImage(*values[:4], dict(zip(bounds, values[4:])))
+    shares = all_of(found)                                  # group i is the next one of process i modulo their number
+    *values, = torch.cat([shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))], dim=1)
+    return PerImage(*values[:4], dict(zip(_sizes(k), values[4:])))
 
 # %% ../nbs/library/27_evaluation.ipynb #529df1c8
 def aggregate_kl(model: nn.Module, x: Tensor, seed: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/library/23_networks.ipynb #79be41c3
+# %% ../nbs/library/23_networks.ipynb #2484a2eb
 def _as_made_for(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     if tuple(x.shape[1:]) == shape: return x
     raise ValueError(f"this network is for (m, {', '.join(map(str, shape))}): got {tuple(x.shape)}")
@@ -39,7 +39,7 @@ class MLP(nn.Module):
                                     for m in (nn.Linear(a, b * self.gates, dtype=torch.float32), self.bend())))
         self.out = nn.Linear(sizes[-1], n_out, dtype=torch.float32)
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        x = _as_made_for(x, self.shape) * self.scale
+        x = _as_made_for(x, self.shape) if self.scale == 1 else _as_made_for(x, self.shape) * self.scale
         return self.out(self.body(_beside(x, condition, self.n_condition)))
 
 class GatedMLP(MLP):

@@ -1,0 +1,316 @@
+"""Hurt runs of `vae_nb train` as a machine may, resume them, and compare with a run to which nothing happened.
+
+    python benchmarks/faults.py                               all kinds, some eight minutes on two cores
+    python benchmarks/faults.py --only kills --kills 100      kills alone, more of them
+    python benchmarks/faults.py --out results/faults.json     also writes what happened, trial by trial
+
+kills        SIGKILL at a random moment from config.json to the end; one in eight before config.json. Half of the runs
+             save after every step, so that kills fall into writes. A third is killed again after resuming.
+corruptions  Checkpoint files cut, altered, swapped: the damaged one must be named, and the one before it used.
+disk         A small tmpfs that is full, or fills up on the way. Needs root, which may mount.
+readonly     Folders that are, or become, read-only: by a mount, as permission bits do not stop root, which is needed.
+interrupts   Ctrl-C once and twice, in runs that save nothing by themselves.
+
+Identical means: the weights byte for byte; metrics.jsonl and report.json but for "seconds"; all figures drawn. A run
+that quietly began again would be identical, too: so where a checkpoint is whole, the first line of metrics.jsonl must
+stay as it was, seconds and all. A kill loses nothing that the kernel was given, a power cut may: files that end early,
+or in zeros, stand for that. Runs are compared within one machine. Linux; exit code 1 if anything failed.
+"""
+from __future__ import annotations
+
+import argparse, hashlib, json, os, platform, random, shutil, signal, subprocess, sys, tempfile, time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from tqdm import tqdm
+
+TRAIN = "--data digits --latent-dim 2 --hidden 32 --epochs 60 --seed 0 --device cpu".split()
+FOREIGN = {"of another seed": [*TRAIN, "--seed", "1"], "of another model": [*TRAIN, "--hidden", "16"]}
+EVERY_STEP, EVERY_SECOND, NEVER = "0", "1", "9999"    # seconds between checkpoints
+KINDS = ["kills", "corruptions", "disk", "readonly", "interrupts"]
+
+@dataclass
+class Trial:
+    "What was done to a run, and what came of it. exit_codes and stderr have an entry for each process, in order."
+    kind: str
+    case: str
+    moments: list[float] = field(default_factory=list)      # of signals: seconds, at first after config.json appeared
+    exit_codes: list[int] = field(default_factory=list)     # -9: killed
+    stderr: list[str] = field(default_factory=list)         # the last line, or the one that names what is damaged
+    found: dict[str, int] = field(default_factory=dict)     # what the fault left in the folder
+    identical: bool | None = None
+    failed: list[str] = field(default_factory=list)         # expectations that were not met
+    skipped: str = ""
+    def expect(self, **met: bool) -> None: self.failed += [name for name, holds in met.items() if not holds]
+
+@dataclass
+class Stage:
+    "What the trials share."
+    folder: Path
+    seed: int
+    undisturbed: dict[str, object] = field(default_factory=dict)            # the outcome
+    times: dict[str, tuple[float, float]] = field(default_factory=dict)     # seconds to config.json, and from there on
+    def half_way(self, case: str = "itself") -> Path: return self.folder / f"half-way {case}" / "run"
+
+Act = Callable[[Trial], None]
+Event = tuple[Callable[[], object], Callable[["Job"], object]]      # what is waited for, and what happens then
+
+class Job:
+    "A `vae_nb train` in progress: with --resume where the folder holds a config.json, else from the start."
+    def __init__(self, run: Path, every: str, options: list[str] = TRAIN) -> None:
+        words = ["--resume", run] if (run / "config.json").exists() else [*options, "--out", run]
+        if "--out" in words: shutil.rmtree(run, ignore_errors=True)         # hurt before it had written anything
+        run.parent.mkdir(exist_ok=True)
+        self.log, vae_nb = tempfile.TemporaryFile("w+", errors="replace"), Path(sys.executable).with_name("vae_nb")
+        env = os.environ | {"OMP_NUM_THREADS": "1", "VAE_NB_CHECKPOINT_SECONDS": every}
+        self.process = subprocess.Popen([vae_nb, "train", *words], cwd=run.parent, env=env, stdout=subprocess.DEVNULL,
+                                        stderr=self.log)
+
+    def until(self, holds: Callable[[], object]) -> None:
+        "Wait until something holds or the process has ended."
+        while self.process.poll() is None and not holds(): time.sleep(0.003)
+
+    def hit(self, seconds: float, sign: int = signal.SIGKILL) -> None:
+        "Send a signal after so many seconds, unless the process has ended by then."
+        end = time.monotonic() + seconds
+        self.until(lambda: time.monotonic() >= end)
+        self.process.send_signal(sign)
+
+    def end(self, trial: Trial, *codes: int) -> list[str]:
+        "Wait for the end, five minutes at most, and judge it; returns the lines on stderr, less progress bars."
+        self.hit(300)
+        self.log.seek(0)
+        text = self.log.read()
+        lines = [line.strip() for line in text.splitlines() if line.strip() and "%|" not in line]
+        code, last = self.process.wait(), lines[-1] if lines else ""
+        trial.exit_codes.append(code)
+        trial.stderr.append(last)
+        trial.expect(exit_code=code in codes, clear_error=code not in (1, 2) or last.startswith("Error:"),
+                     no_traceback="Traceback" not in text and "Exception ignored" not in text)
+        return lines
+
+def checkpoints(run: Path) -> list[Path]: return sorted((run / "checkpoint").glob("*.safetensors"))
+def contents(folder: Path) -> dict[Path, bytes]: return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+def name_for(step: str, content: bytes) -> str: return f"{step}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+def whole(run: Path) -> list[Path]:
+    "Checkpoints whose names tell the digest of their content: judged here, not by the package."
+    return [p for p in checkpoints(run) if p.is_file() and p.name == name_for(p.name[:9], p.read_bytes())]
+def epochs(run: Path) -> list[str]:
+    return (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+def state(run: Path) -> dict[str, int]:
+    return {"epochs": len(epochs(run)), "checkpoints": len(checkpoints(run)), "whole": len(whole(run)),
+            "step": max((int(p.name[:9]) for p in whole(run)), default=-1), "parts": len([*run.rglob("*.part")])}
+
+def outcome(run: Path) -> dict[str, object]:
+    "What two runs must have in common."
+    def timeless(text: str) -> dict: return {key: value for key, value in json.loads(text).items() if key != "seconds"}
+    return {"weights": (run / "model.safetensors").read_bytes(), "metrics": [timeless(line) for line in epochs(run)],
+            "report": timeless((run / "report.json").read_text()),
+            "figures": {p.name: p.read_bytes().endswith(b"IEND\xaeB`\x82") for p in run.glob("figures/*")}}
+
+def undisturbed(stage: Stage, every: str, trial: Trial) -> None:
+    run, begun = stage.folder / trial.case / "run", time.monotonic()
+    job = Job(run, every)
+    job.until((run / "config.json").exists)
+    startup = time.monotonic() - begun
+    job.end(trial, 0)
+    stage.times[every] = startup, time.monotonic() - begun - startup
+    stage.undisturbed = stage.undisturbed or outcome(run)
+    trial.identical = outcome(run) == stage.undisturbed
+    trial.expect(identical=trial.identical)                                 # however often it saves
+
+def hurt(run: Path, every: str, trial: Trial, codes: tuple[int, ...], *events: Event, options: list[str] = TRAIN
+         ) -> None:
+    "A run, what happens to it, and its end with one of the exit codes. Files must survive an error, and be whole."
+    before, job = contents(run), Job(run, every, options)
+    for ready, act in events:
+        job.until(ready)
+        act(job)
+    job.end(trial, *codes)
+    trial.found = trial.found or state(run)
+    trial.expect(untouched=trial.exit_codes[-1] not in (1, 2) or before.items() <= contents(run).items(),
+                 whole={*checkpoints(run)} - {*whole(run)} <= before.keys())
+
+def finish(stage: Stage, run: Path, every: str, trial: Trial) -> list[str]:
+    "Let a hurt run come to its end, and compare."
+    first, far = epochs(run)[:1], state(run)["step"] >= 100          # an epoch has fewer steps
+    said = Job(run, every).end(trial, 0)
+    differ = [name for name, value in outcome(run).items() if value != stage.undisturbed[name]]
+    trial.identical = not differ
+    trial.expect(goes_on=not far or epochs(run)[:1] == first, **{f"same_{name}": False for name in differ})
+    return said
+
+def half_way(stage: Stage, options: list[str], trial: Trial) -> None:
+    run, n = stage.folder / trial.case / "run", 20 if options is TRAIN else 30
+    hurt(run, EVERY_STEP, trial, (-9,), (lambda: len(epochs(run)) >= n, lambda job: job.hit(0)), options=options)
+    trial.expect(two_whole_checkpoints=len(whole(run)) >= 2)
+
+def kill(stage: Stage, number: int, trial: Trial) -> None:
+    rng, run = random.Random(f"{trial.case} {stage.seed}"), stage.folder / trial.case / "run"
+    early, every = number % 8 == 7, (EVERY_STEP, EVERY_SECOND)[number % 2]
+    startup, rest = stage.times[every]
+    moment = rng.uniform(0, startup if early else rest)
+    def killed(begins: Callable[[], object], seconds: float) -> None:
+        hurt(run, every, trial, (-9, 0), (begins, lambda job: job.hit(seconds)))
+        trial.moments += [seconds]
+    while -9 not in trial.exit_codes:                       # one that ended by itself is taken again, and killed sooner
+        shutil.rmtree(run, ignore_errors=True)
+        trial.moments, trial.exit_codes, trial.stderr, trial.found, moment = [], [], [], {}, moment * 0.9
+        killed(lambda: early or (run / "config.json").exists(), moment)
+    if number % 3 == 0: killed(lambda: True, rng.uniform(0, startup + rest / 2))
+    finish(stage, run, every, trial)
+
+def interrupt(stage: Stage, gap: float | None, trial: Trial) -> None:
+    "gap: seconds from the first Ctrl-C to the second; None for only one."
+    run, moment = stage.folder / trial.case / "run", random.Random(f"{trial.case} {stage.seed}").uniform(0.2, 0.5)
+    trial.moments = [moment * stage.times[NEVER][1]] + [gap] * (gap is not None)
+    hits = [((run / "config.json").exists, lambda job, s=s: job.hit(s, signal.SIGINT)) for s in trial.moments]
+    hurt(run, NEVER, trial, (130,), *hits)
+    trial.expect(saves=gap is not None or trial.found["step"] > 0)
+    finish(stage, run, NEVER, trial)
+
+def damages(stage: Stage) -> dict[str, tuple[str, Callable[[Path], object]]]:
+    "What must follow, and what is done to the checkpoint/ of the run that was cut off: where not said, to the newest."
+    newest, rng = checkpoints(stage.half_way())[-1].name, random.Random(stage.seed)
+    b = (stage.half_way() / "checkpoint" / newest).read_bytes()
+    half, header = len(b) // 2, 8 + int.from_bytes(b[:8], "little")
+    def flipped(at: int) -> bytes: return b[:at] + bytes([b[at] ^ 4]) + b[at + 1:]
+    opens = b"cbuiltins\nopen\n(S'unpickled'\nS'w'\ntR."     # a pickle: unpickled, it makes a file
+    contents = {"cut to half": b[:half], "a pickle": opens, "a text": b"Nothing.", "empty": b"", "a byte short": b[:-1],
+                "ends in zeros": b[:half] + bytes(len(b) - half), "random bytes": rng.randbytes(len(b)),
+                "bit flipped in the header": flipped(rng.randrange(header)),
+                "bit flipped in the tensors": flipped(rng.randrange(header, len(b)))}
+    def put(content: bytes, fits: bool, folder: Path) -> None:
+        (folder / newest).unlink()                          # fits: under a name with its digest, as a forger would
+        (folder / (name_for(newest[:9], content) if fits else newest)).write_bytes(content)
+    def cut(*paths: Path) -> None: [path.write_bytes(path.read_bytes()[:-50]) for path in paths]
+    return {**{name: ("named", partial(put, content, False)) for name, content in contents.items()},
+            **{f"{name}, well named": ("named", partial(put, contents[name], True)) for name in [*contents][:3]},
+            **{f"one {name}": ("named", partial(shutil.copy, whole(stage.half_way(name))[-1])) for name in FOREIGN},
+            "a folder in its place": ("named", lambda at: [(at / newest).unlink(), (at / newest).mkdir()]),
+            "never renamed": ("ignored", lambda at: (at / newest).rename(at / f"{newest}.part")),
+            "metrics.jsonl cut": ("ignored", lambda at: cut(at.parent / "metrics.jsonl")),
+            "config.json cut": ("refused", lambda at: cut(at.parent / "config.json")),
+            "all checkpoints cut": ("refused", lambda at: cut(*at.glob("*.safetensors")))}
+
+def corruption(stage: Stage, follows: str, act: Callable[[Path], object], trial: Trial) -> None:
+    run = shutil.copytree(stage.half_way(), stage.folder / trial.case / "run")
+    act(run / "checkpoint")
+    trial.found, newest = state(run), checkpoints(run)[-1].name
+    if follows == "refused": return hurt(run, EVERY_STEP, trial, (2,))
+    naming = [line for line in finish(stage, run, EVERY_STEP, trial) if newest in line]
+    trial.stderr = naming[:1] or trial.stderr
+    trial.expect(named=follows == "ignored" or naming != [], not_unpickled=not (run.parent / "unpickled").exists())
+
+@contextmanager
+def mounted(place: Path, *words: str | Path) -> Iterator[None]:
+    subprocess.run(["mount", *words, place], check=True, stderr=subprocess.PIPE, text=True)
+    try: yield
+    finally: subprocess.run(["umount", "--lazy", place], check=True)
+
+def fill(path: Path, room: int = 0) -> None:
+    "Add to a file until nothing more fits on its disk but `room` bytes."
+    with open(path, "ab", buffering=0) as f:
+        try:
+            while True: f.write(bytes(4096))
+        except OSError: f.truncate(max(0, f.tell() - room))
+
+def disk(stage: Stage, room: float, full: Callable[[Path], bool], trial: Trial) -> None:
+    "A disk with room for so many checkpoints at first, and for nothing once `full` holds of the run's folder."
+    run, other = (place := stage.folder / trial.case) / "run", place / "other"
+    place.mkdir()
+    with mounted(place, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
+        fill(other, int(room * whole(stage.half_way())[-1].stat().st_size))
+        hurt(run, EVERY_STEP, trial, (1, 2), (lambda: full(run), lambda job: job.until(lambda: fill(other))))
+        trial.expect(one_left=room == 0 or trial.found["whole"] > 0)
+        other.unlink()
+        finish(stage, run, EVERY_STEP, trial)
+
+def read_only(stage: Stage, epoch: int | None, trial: Trial) -> None:
+    "A read-only place, for a new run or (epoch 0) one to go on with; or a checkpoint/ that is so from an epoch on."
+    run = (place := stage.folder / trial.case) / "run"
+    place.mkdir()
+    if epoch == 0: shutil.copytree(stage.half_way(), run)
+    with ExitStack() as until_here:
+        def close(at: Path) -> None: until_here.enter_context(mounted(at, "--bind", "-o", "ro", at))
+        if not epoch: close(place)
+        events = [(lambda: len(epochs(run)) >= epoch, lambda job: close(run / "checkpoint"))] if epoch else []
+        hurt(run, EVERY_STEP, trial, (1, 2), *events)
+    finish(stage, run, EVERY_STEP, trial)
+
+def preparation(stage: Stage) -> Iterator[tuple[str, str, Act]]:
+    for s in NEVER, EVERY_STEP, EVERY_SECOND: yield "undisturbed", f"saves every {s} s", partial(undisturbed, stage, s)
+    for case, options in {"itself": TRAIN, **FOREIGN}.items():
+        yield "half-way", f"half-way {case}", partial(half_way, stage, options)
+
+def planned(stage: Stage, kills: int) -> Iterator[tuple[str, str, Act]]:
+    "Every trial: its kind, its case, what is to be done."
+    for i in range(kills): yield "kills", f"kill {i}", partial(kill, stage, i)
+    for case, damage in damages(stage).items(): yield "corruptions", case, partial(corruption, stage, *damage)
+    yield "disk", "room for one checkpoint", partial(disk, stage, 1.3, lambda run: False)
+    yield "disk", "no room at all", partial(disk, stage, 0, lambda run: False)
+    for n in 5, 30: yield "disk", f"full at epoch {n}", partial(disk, stage, 99, lambda run, n=n: len(epochs(run)) > n)
+    yield "disk", "full at the report", partial(disk, stage, 99, lambda run: (run / "model.safetensors").exists())
+    for case, epoch in (("a new run", None), ("resuming", 0), ("from epoch 20 on", 20)):
+        yield "readonly", case, partial(read_only, stage, epoch)
+    for i, gap in enumerate((None, None, 0.02, 0.5)):
+        yield "interrupts", f"Ctrl-C {i}" + (f", again after {gap} s" if gap else ""), partial(interrupt, stage, gap)
+
+def attempt(kind: str, case: str, act: Act) -> Trial:
+    "Carry out one trial; an error in it is a failure, and the others go on."
+    trial = Trial(kind, case)
+    try: act(trial)
+    except subprocess.CalledProcessError as e: trial.skipped = f"skipped: {e.stderr or e}".strip()          # of `mount`
+    except Exception as e: trial.failed.append(f"{type(e).__name__}: {e}")
+    trial.moments = [round(moment, 3) for moment in trial.moments]
+    return trial
+
+def carried_out(todo: list[tuple[str, str, Act]]) -> list[Trial]:
+    with ThreadPoolExecutor(2) as pool:
+        return [job.result() for job in tqdm([pool.submit(attempt, *one) for one in todo], unit="trial")]
+
+def surroundings() -> dict[str, object]:
+    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line]
+    return {"command": " ".join(sys.argv), "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+            "date": time.strftime("%Y-%m-%d"), "processor": [*cpu, "?"][0], "cores": os.cpu_count(),
+            "system": platform.platform(), "python": platform.python_version(), "torch": version("torch")}
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and of the damage")
+    parser.add_argument("--only", default=",".join(KINDS), metavar="KIND[,KIND]", help="these kinds of trial")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
+    asked, begun = parser.parse_args(), time.monotonic()
+    if unknown := set(asked.only.split(",")) - set(KINDS): parser.error(f"unknown kinds {unknown}: there are {KINDS}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # started with & it would be ignored, by the runs too
+    with tempfile.TemporaryDirectory(prefix="vae_nb-faults-") as folder:
+        stage = Stage(Path(folder), asked.seed)
+        trials = carried_out([*preparation(stage)])
+        if not any(t.failed for t in trials):
+            trials += carried_out([one for one in planned(stage, asked.kills) if one[0] in asked.only.split(",")])
+    for t in trials:
+        told = t.skipped or (f"FAILED ({', '.join(t.failed)})" if t.failed else "ok")
+        said = max(t.stderr, key=len, default="")[-120:]
+        print(f"{t.kind:<11} {t.case:<28} {t.moments!s:<16} {t.exit_codes!s:<11} {told}  {said}")
+    summary = {}
+    for kind in dict.fromkeys(t.kind for t in trials):
+        these = [t for t in trials if t.kind == kind]
+        summary[kind] = {"trials": len(these), "failed": sum(t.failed != [] for t in these),
+                         "skipped": sum(t.skipped != "" for t in these),
+                         "identical": sum(t.identical is True for t in these),
+                         "processes killed": sum(t.exit_codes.count(-9) for t in these)}
+        print(f"{kind:<11}", ", ".join(f"{count} {name}" for name, count in summary[kind].items()))
+    found = {**surroundings(), "seconds": round(time.monotonic() - begun), "summary": summary,
+             "trials": [*map(asdict, trials)]}
+    if asked.out:
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        asked.out.write_text(json.dumps(found, indent=1) + "\n")
+    return int(any(t.failed for t in trials))
+
+if __name__ == "__main__": sys.exit(main())
