@@ -28,7 +28,8 @@ from importlib.metadata import version
 from pathlib import Path
 from tqdm import tqdm
 
-TRAIN = "--data digits --latent-dim 2 --hidden 32 --epochs 60 --seed 0 --device cpu".split()
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = "--data digits --latent-dim 2 --hidden 32 --epochs 40 --seed 0 --device cpu".split()
 FOREIGN = {"of another seed": [*TRAIN, "--seed", "1"], "of another model": [*TRAIN, "--hidden", "16"]}
 EVERY_STEP, EVERY_SECOND, NEVER = "0", "1", "9999"    # seconds between checkpoints
 KINDS = ["kills", "corruptions", "disk", "readonly", "interrupts"]
@@ -145,7 +146,7 @@ def finish(stage: Stage, run: Path, every: str, trial: Trial) -> list[str]:
     return said
 
 def half_way(stage: Stage, options: list[str], trial: Trial) -> None:
-    run, n = stage.folder / trial.case / "run", 20 if options is TRAIN else 30
+    run, n = stage.folder / trial.case / "run", 15 if options is TRAIN else 25
     hurt(run, EVERY_STEP, trial, (-9,), (lambda: len(epochs(run)) >= n, lambda job: job.hit(0)), options=options)
     trial.expect(two_whole_checkpoints=len(whole(run)) >= 2)
 
@@ -164,12 +165,12 @@ def kill(stage: Stage, number: int, trial: Trial) -> None:
     if number % 3 == 0: killed(lambda: True, rng.uniform(0, startup + rest / 2))
     finish(stage, run, every, trial)
 
-def interrupt(stage: Stage, gap: float | None, trial: Trial) -> None:
-    "gap: seconds from the first Ctrl-C to the second; None for only one."
-    run, moment = stage.folder / trial.case / "run", random.Random(f"{trial.case} {stage.seed}").uniform(0.2, 0.5)
-    trial.moments = [moment * stage.times[NEVER][1]] + [gap] * (gap is not None)
-    hits = [((run / "config.json").exists, lambda job, s=s: job.hit(s, signal.SIGINT)) for s in trial.moments]
-    hurt(run, NEVER, trial, (130,), *hits)
+def interrupt(stage: Stage, epoch: int | None, gap: float | None, trial: Trial) -> None:
+    "Ctrl-C in an epoch, or (None) when the report is being made; and once more after `gap` seconds."
+    run = stage.folder / trial.case / "run"
+    trial.moments = [random.Random(f"{trial.case} {stage.seed}").uniform(0, 0.05)] + [gap] * (gap is not None)
+    def ready() -> bool: return len(epochs(run)) > epoch if epoch else (run / "model.safetensors").exists()
+    hurt(run, NEVER, trial, (130,), *((ready, lambda job, s=s: job.hit(s, signal.SIGINT)) for s in trial.moments))
     trial.expect(saves=gap is not None or trial.found["step"] > 0)
     finish(stage, run, NEVER, trial)
 
@@ -201,8 +202,8 @@ def corruption(stage: Stage, follows: str, act: Callable[[Path], object], trial:
     run = shutil.copytree(stage.half_way(), stage.folder / trial.case / "run")
     act(run / "checkpoint")
     trial.found, newest = state(run), checkpoints(run)[-1].name
-    if follows == "refused": return hurt(run, EVERY_STEP, trial, (2,))
-    naming = [line for line in finish(stage, run, EVERY_STEP, trial) if newest in line]
+    if follows == "refused": return hurt(run, EVERY_SECOND, trial, (2,))
+    naming = [line for line in finish(stage, run, EVERY_SECOND, trial) if newest in line]
     trial.stderr = naming[:1] or trial.stderr
     trial.expect(named=follows == "ignored" or naming != [], not_unpickled=not (run.parent / "unpickled").exists())
 
@@ -219,16 +220,17 @@ def fill(path: Path, room: int = 0) -> None:
             while True: f.write(bytes(4096))
         except OSError: f.truncate(max(0, f.tell() - room))
 
-def disk(stage: Stage, room: float, full: Callable[[Path], bool], trial: Trial) -> None:
+def disk(stage: Stage, every: str, room: float, full: Callable[[Path], bool], resume: bool, trial: Trial) -> None:
     "A disk with room for so many checkpoints at first, and for nothing once `full` holds of the run's folder."
     run, other = (place := stage.folder / trial.case) / "run", place / "other"
     place.mkdir()
     with mounted(place, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
+        if resume: shutil.copytree(stage.half_way(), run)
         fill(other, int(room * whole(stage.half_way())[-1].stat().st_size))
-        hurt(run, EVERY_STEP, trial, (1, 2), (lambda: full(run), lambda job: job.until(lambda: fill(other))))
+        hurt(run, every, trial, (1, 2), (lambda: full(run), lambda job: job.until(lambda: fill(other))))
         trial.expect(one_left=room == 0 or trial.found["whole"] > 0)
         other.unlink()
-        finish(stage, run, EVERY_STEP, trial)
+        finish(stage, run, EVERY_SECOND, trial)
 
 def read_only(stage: Stage, epoch: int | None, trial: Trial) -> None:
     "A read-only place, for a new run or (epoch 0) one to go on with; or a checkpoint/ that is so from an epoch on."
@@ -240,7 +242,7 @@ def read_only(stage: Stage, epoch: int | None, trial: Trial) -> None:
         if not epoch: close(place)
         events = [(lambda: len(epochs(run)) >= epoch, lambda job: close(run / "checkpoint"))] if epoch else []
         hurt(run, EVERY_STEP, trial, (1, 2), *events)
-    finish(stage, run, EVERY_STEP, trial)
+    finish(stage, run, EVERY_SECOND, trial)
 
 def preparation(stage: Stage) -> Iterator[tuple[str, str, Act]]:
     for s in NEVER, EVERY_STEP, EVERY_SECOND: yield "undisturbed", f"saves every {s} s", partial(undisturbed, stage, s)
@@ -251,14 +253,18 @@ def planned(stage: Stage, kills: int) -> Iterator[tuple[str, str, Act]]:
     "Every trial: its kind, its case, what is to be done."
     for i in range(kills): yield "kills", f"kill {i}", partial(kill, stage, i)
     for case, damage in damages(stage).items(): yield "corruptions", case, partial(corruption, stage, *damage)
-    yield "disk", "room for one checkpoint", partial(disk, stage, 1.3, lambda run: False)
-    yield "disk", "no room at all", partial(disk, stage, 0, lambda run: False)
-    for n in 5, 30: yield "disk", f"full at epoch {n}", partial(disk, stage, 99, lambda run, n=n: len(epochs(run)) > n)
-    yield "disk", "full at the report", partial(disk, stage, 99, lambda run: (run / "model.safetensors").exists())
-    for case, epoch in (("a new run", None), ("resuming", 0), ("from epoch 20 on", 20)):
+    def at(n: int) -> Callable[[Path], bool]: return lambda run: len(epochs(run)) > n
+    def reporting(run: Path) -> bool: return (run / "model.safetensors").exists()
+    for case, every, room, full, resume in (
+            ("no room at all", EVERY_SECOND, 0, at(99), False), ("no room to resume", EVERY_SECOND, 0, at(99), True),
+            ("room for one", EVERY_SECOND, 1.3, at(99), False), ("full at epoch 5", EVERY_STEP, 99, at(5), False),
+            ("full at epoch 30", EVERY_STEP, 99, at(30), False), ("full at the end", EVERY_STEP, 99, reporting, False)):
+        yield "disk", case, partial(disk, stage, every, room, full, resume)
+    for case, epoch in ("a new run", None), ("resuming", 0), ("from epoch 20 on", 20):
         yield "readonly", case, partial(read_only, stage, epoch)
-    for i, gap in enumerate((None, None, 0.02, 0.5)):
-        yield "interrupts", f"Ctrl-C {i}" + (f", again after {gap} s" if gap else ""), partial(interrupt, stage, gap)
+    for epoch, gap in (3, None), (25, None), (10, 0.02), (20, 0.5), (None, None):
+        case = ("Ctrl-C in " + (f"epoch {epoch}" if epoch else "the report")) + (f" and {gap} s on" if gap else "")
+        yield "interrupts", case, partial(interrupt, stage, epoch, gap)
 
 def attempt(kind: str, case: str, act: Act) -> Trial:
     "Carry out one trial; an error in it is a failure, and the others go on."
@@ -274,7 +280,7 @@ def carried_out(todo: list[tuple[str, str, Act]]) -> list[Trial]:
         return [job.result() for job in tqdm([pool.submit(attempt, *one) for one in todo], unit="trial")]
 
 def surroundings() -> dict[str, object]:
-    git = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line]
     return {"command": " ".join(sys.argv), "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
             "date": time.strftime("%Y-%m-%d"), "processor": [*cpu, "?"][0], "cores": os.cpu_count(),
@@ -296,8 +302,8 @@ def main() -> int:
             trials += carried_out([one for one in planned(stage, asked.kills) if one[0] in asked.only.split(",")])
     for t in trials:
         told = t.skipped or (f"FAILED ({', '.join(t.failed)})" if t.failed else "ok")
-        said = max(t.stderr, key=len, default="")[-120:]
-        print(f"{t.kind:<11} {t.case:<28} {t.moments!s:<16} {t.exit_codes!s:<11} {told}  {said}")
+        said = max(t.stderr, key=len, default="").replace(f"{folder}/", "")[-120:]
+        print(f"{t.kind:<11} {t.case:<32} {t.moments!s:<16} {t.exit_codes!s:<11} {told}  {said}")
     summary = {}
     for kind in dict.fromkeys(t.kind for t in trials):
         these = [t for t in trials if t.kind == kind]
@@ -310,7 +316,8 @@ def main() -> int:
              "trials": [*map(asdict, trials)]}
     if asked.out:
         asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(json.dumps(found, indent=1) + "\n")
+        written = json.dumps(found, indent=1).replace(f"{folder}/", "").replace(f"{ROOT}/", "")
+        asked.out.write_text(written + "\n")
     return int(any(t.failed for t in trials))
 
 if __name__ == "__main__": sys.exit(main())

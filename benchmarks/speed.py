@@ -16,8 +16,8 @@ Each workload gives all contenders the same images, batches, layer sizes and rat
 
 Every round runs each contender once, in an order that rotates; one untimed run of each comes first. A ratio is taken
 within a round; minimum, median and maximum are over rounds. Peak memory is measured apart, in a fresh process for each,
-above what imports and images take; so is each point of `growth` (with k, batch, images, processes). Ours lets its rate
-fall along a cosine and bends by SiLU; the others keep their rate and bend by ReLU.
+above what imports and images take; so is each point of `growth` (with k, batch, images, processes). Ours bends by SiLU,
+the others by ReLU; all keep their rate.
 """
 import argparse
 import contextlib
@@ -43,7 +43,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
-from vae_nb.all import Data, TrainConfig, Trainer, VAE, build_vae, evaluate, load_data, log_weights, new_figure
+from vae_nb.all import (Data, OptimizerConfig, TrainConfig, Trainer, VAE, build_vae, evaluate, load_data, log_weights,
+                        new_figure)
 
 ROOT, STATUS = Path(__file__).resolve().parent.parent, Path("/proc/self/status")
 LR, VALID, LAYERS = 1e-3, 100, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
@@ -103,7 +104,7 @@ def fit(w: Workload, data: Data, device: torch.device, epochs: int) -> tuple[VAE
     "Our trained model, and the seconds at the end of each epoch."
     model = our_model(w)
     config = TrainConfig(epochs=epochs, batch_size=w.batch, lr=LR, k=w.k, objective="elbo" if w.k == 1 else "iwae",
-                         device=str(device), seed=0)
+                         optimizer=OptimizerConfig(schedule="constant"), device=str(device), seed=0)
     return model, [record["seconds"] for record in Trainer(model, data, config).fit(progress=False)]
 
 def ours(w: Workload, data: Data, device: torch.device) -> dict[str, float]:
@@ -156,14 +157,12 @@ class ExampleVAE(nn.Module):
         missed = F.binary_cross_entropy(p, x.flatten(1).expand_as(p), reduction="none").sum(-1)
         return 0.5 * (noise.pow(2) + log_var - z.pow(2)).sum(-1) - missed
 
-def fit_example(w: Workload, data: Data, device: torch.device, epochs: int = 1,
-                cosine: bool = False) -> tuple[ExampleVAE, float]:
-    "The example's model, and its seconds for an epoch; cosine: with our rate in place of its own."
+def fit_example(w: Workload, data: Data, device: torch.device, epochs: int = 1) -> tuple[ExampleVAE, float]:
+    "The example's model, and its seconds for an epoch."
     torch.manual_seed(0)
     options = {"num_workers": 1, "pin_memory": True} if device.type == "cuda" else {}
     loader = DataLoader(Pictures(data.train), batch_size=w.batch, shuffle=True, **options)
     optimizer = torch.optim.Adam((model := ExampleVAE(w).to(device)).parameters(), lr=LR)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader)) if cosine else None
     start, total = now(device), 0.0
     for _ in range(epochs):
         for x, _ in loader:
@@ -173,7 +172,6 @@ def fit_example(w: Workload, data: Data, device: torch.device, epochs: int = 1,
             loss.backward()
             total += loss.item()
             optimizer.step()
-            if schedule: schedule.step()
     return model, (now(device) - start) / epochs
 
 def example(w: Workload, data: Data, device: torch.device) -> dict[str, float]:
@@ -324,12 +322,10 @@ def line(label: str, v: dict[str, Any], more: str = "") -> str:
 
 def same_loss(data: Data, device: torch.device, quick: bool) -> dict[str, Any]:
     """After three epochs of the small network, the ELBO of the test images, by one sample each: ours, the example, and
-    the example with our falling rate. Standard errors are over images: those of seeds come on top."""
+    the difference. Standard errors are over images: those of seeds come on top."""
     w, epochs, x, found = WORKLOADS["mlp"], 3, data.test.float().to(device), {}
     part = cut(w, data, device, quick)
-    models = {"ours": fit(w, part, device, epochs)[0].to(device),
-              **{name: fit_example(w, part, device, epochs, cosine)[0]
-                 for name, cosine in (("example", False), ("example, cosine", True))}}
+    models = {"ours": fit(w, part, device, epochs)[0].to(device), "example": fit_example(w, part, device, epochs)[0]}
     for name, model in models.items():
         torch.manual_seed(0)
         weights = log_weights if name == "ours" else ExampleVAE.log_weights

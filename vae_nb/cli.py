@@ -65,7 +65,7 @@ def _default(name: str) -> str:
 
 def _text(help: str) -> Any: return typer.Option(help=help)
 
-# %% ../nbs/library/33_cli.ipynb #5e46b73d
+# %% ../nbs/library/33_cli.ipynb #94c0585b
 REPORT_K = 128       # samples for each image in the report that ends a training run
 
 def _report(folder: Path, trainer: Trainer, progress: bool) -> None:
@@ -73,8 +73,8 @@ def _report(folder: Path, trainer: Trainer, progress: bool) -> None:
     model, data, history, asked = trainer.model, trainer.data, trainer.history, trainer.data.condition("test")
     report = evaluate(model, data.test, REPORT_K, trainer.config.seed, data.name, "test", asked, progress)
     if rank(): return
-    write_json(folder / "report.json", report.to_dict())
     _save_figures(folder, run_figures(model, history, data.test, data.test_labels, asked))
+    write_json(folder / "report.json", report.to_dict())                     # the last: where it is, the run is finished
     best = max(history, key=lambda r: r["valid_weighted"])
     name = shlex.quote(str(folder))
     stopped = f", stopped by Ctrl-C after {len(history)} of {trainer.config.epochs} epochs" if trainer.interrupted else ""
@@ -176,25 +176,26 @@ def _spec(data: Data, likelihood: Optional[str]) -> dict[str, Any]:
         raise ValueError(f"a {likelihood} likelihood is for counts, as in digits: {data.name} has none")
     return {**data.spec, "likelihood": likelihood, "total": data.total if counts else None}
 
-# %% ../nbs/library/33_cli.ipynb #1d8d832e
+# %% ../nbs/library/33_cli.ipynb #01616ef0
 def _run(trainer: Trainer, nothing_learned: Callable[[], None] = lambda: None) -> None:
     "Train, save, report. Exit code 130 after Ctrl-C, 1 after an error, which calls nothing_learned if it was so."
-    folder, failed = trainer.run, None
+    folder, failed, lost = trainer.run, None, False
     with stop_on_interrupt() as again:
         try: trainer.fit()
         except KeyboardInterrupt: again.set()
-        except (FloatingPointError, RuntimeError, MemoryError, OSError) as e: failed = " ".join(str(e).split())
+        except OSError as e: failed = " ".join(str(e).split()) + f"; then: vae_nb train --resume {shlex.quote(str(folder))}"
+        except (FloatingPointError, RuntimeError, MemoryError) as e: failed, lost = " ".join(str(e).split()), not trainer.history
         try:                                               # a second Ctrl-C waits until here, then skips the report
             if trainer.history and rank() == 0: save(trainer.model, folder, **_rest(read_config(folder)))
         except OSError as e: failed = failed or str(e)
-    if failed and not trainer.history and rank() == 0: nothing_learned()
+    if (lost or failed and not any(folder.glob("checkpoint/*.safetensors"))) and rank() == 0: nothing_learned()
     if trainer.history and not again.is_set() and not failed:
         try: _report(folder, trainer, progress=sys.stderr.isatty())
         except KeyboardInterrupt: again.set()
         except OSError as e: failed = str(e)
-    name = shlex.quote(str(folder))
-    if again.is_set(): typer.echo(f"stopped before the report; what was learned is kept: vae_nb train --resume {name}", err=True)
-    if failed: typer.echo(f"Error: {failed}" + f"; then: vae_nb train --resume {name}" * folder.exists(), err=True)
+    if again.is_set():
+        typer.echo(f"stopped before the report; what was learned is kept: vae_nb train --resume {shlex.quote(str(folder))}", err=True)
+    if failed: typer.echo(f"Error: {failed}", err=True)
     if failed or again.is_set() or trainer.interrupted: raise typer.Exit(1 if failed else 130)
 
 def _rest(config: dict[str, Any]) -> dict[str, Any]: return {name: value for name, value in config.items() if name != "model"}

@@ -33,7 +33,7 @@ from .elbo import Terms, elbo
 from .evaluation import kl_by_latent, per_image
 from .objectives import KLWeight, objective
 
-# %% ../nbs/library/29_trainer.ipynb #7ffc31f0
+# %% ../nbs/library/29_trainer.ipynb #65de4df0
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0        # of adamw
 
     def __post_init__(self) -> None:
-        known("optimizer", self.name, OPTIMIZERS), known("schedule", self.schedule, {"cosine": 0, "constant": 0})
+        known("optimizer", self.name, OPTIMIZERS), known("schedule", self.schedule, dict.fromkeys(("cosine", "constant")))
         for name, value in (("warmup", self.warmup), ("weight_decay", self.weight_decay), ("clip", self.clip or 0)):
             if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
                 raise ValueError(f"{name} of an optimizer is a number from 0: got {value!r}")
@@ -64,7 +64,7 @@ class OptimizerConfig:
         if device.type == "cuda": options["capturable"], lr = True, torch.tensor(lr, device=device)
         return OPTIMIZERS[self.name](parameters, lr=lr, **options)
 
-# %% ../nbs/library/29_trainer.ipynb #d9305171
+# %% ../nbs/library/29_trainer.ipynb #bd38eabd
 @dataclass(frozen=True)
 class TrainConfig:
     "How to train. Raises ValueError for values that are not allowed."
@@ -88,10 +88,10 @@ class TrainConfig:
             put(name, given if isinstance(given, kind) else kind(**given) if isinstance(given, dict) else kind(given))
         for name, least in (("epochs", 1), ("batch_size", 1), ("k", 1), ("patience", 0)):
             put(name, whole_number(name, getattr(self, name), least))
-        for name, value in (("warmup, in epochs,", self.beta.warmup), ("cycles", self.beta.cycles)):
-            whole_number(name, value, least=int(name == "cycles"))
-        for name, value, top in (("lr", self.lr, math.inf), ("1 - ema", 1 - self.ema, 1 + 1e-12)):
-            if not 0 < value < top: raise ValueError(f"{name} is a positive number below {top:g}: got {value!r}")
+        whole_number("the warm-up, in epochs,", self.beta.warmup, least=0), whole_number("cycles", self.beta.cycles)
+        for name, value, low, top in (("lr", self.lr, 1e-300, math.inf), ("ema", self.ema, 0, 1)):
+            if not (isinstance(value, (int, float)) and low <= value < top):
+                raise ValueError(f"{name} is a number from {low:g} to below {top:g}: got {value!r}")
         put("seed", checked_seed(self.seed))
         known("precision", self.precision, PRECISIONS)
         objective(self.objective, self.beta.beta, self.beta.free_bits, self.beta.warmup)
@@ -138,7 +138,7 @@ class _Loss(nn.Module):
         more = (beta, self.c.beta.free_bits) if self.objective.weighted else ()
         return -weight * self.objective.bound(terms, *more).sum(), elbo(terms.log_w.detach()).sum()
 
-# %% ../nbs/library/29_trainer.ipynb #a4aca7a5
+# %% ../nbs/library/29_trainer.ipynb #f213d55f
 class _Step:
     "One gradient step. On CUDA, alone, full minibatches are recorded after three of them, then replayed as one call."
     def __init__(self, state: TrainingState, loss: _Loss, device: torch.device) -> None:
@@ -151,11 +151,9 @@ class _Step:
         group = self.state.optimizer.param_groups[0]
         if self.device.type != "cuda": group["lr"], self.now = lr, [beta, blend]
         else: [place.fill_(value) for place, value in zip((group["lr"], *self.now), (lr, beta, blend))]
-        full = len(rows[0]) == self.c.batch_size
-        self.full += full
-        if not (self.able and full and self.full > 3): return self.take(rows, weight)
-        if self.graph is None: self._record(rows, weight)
-        if self.graph is None: return self.take(rows, weight)
+        self.full += (full := len(rows[0]) == self.c.batch_size)
+        if self.able and full and self.full > 3 and self.graph is None: self._record(rows, weight)
+        if self.graph is None or not full: return self.take(rows, weight)
         for place, row in zip(self.rows, rows): place.copy_(row)
         self.graph.replay()
 
@@ -197,7 +195,7 @@ def _culprit(step: _Step, loss: _Loss, batches: Minibatches, last: int) -> str:
         place["batch"] = 0
     return "no step of the training, but in the bound of the validation images"
 
-# %% ../nbs/library/29_trainer.ipynb #ca6fa259
+# %% ../nbs/library/29_trainer.ipynb #739add48
 def _check(model: nn.Module, data: Data) -> None:
     """Raises ValueError unless the likelihood covers the images (one that has no `check` is taken at its word), and the
     model takes the data's condition."""
@@ -206,14 +204,13 @@ def _check(model: nn.Module, data: Data) -> None:
     c = data.condition("valid")
     per_image(model, data.valid[:1], 1, condition=None if c is None else c[:1])
 
-def _tensorboard(run: Path | None) -> Callable[[dict[str, Any]], None]:
+def _tensorboard(run: Path | None) -> Callable[[dict[str, Any]], None] | None:
     "Writes the records' numbers for TensorBoard, where it is installed."
-    if run is None or rank() or importlib.util.find_spec("tensorboard") is None: return lambda record: None
+    if run is None or rank() or importlib.util.find_spec("tensorboard") is None: return None
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(str(run / "tensorboard"))
     def write(record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if isinstance(value, float): writer.add_scalar(name, value, record["epoch"])
+        for name in ("train_elbo", "valid_elbo", "valid_rate"): writer.add_scalar(name, record[name], record["epoch"])
         writer.flush()
     return write
 
@@ -225,7 +222,7 @@ def _warn_of_collapse(record: dict[str, Any], epochs_settled: float) -> None:
                       f"{record['valid_rate']:.4f} in all), the decoder does without them. Try a warm-up of the rate's weight, "
                       "free bits, a smaller beta (beta=KLWeight(...)), a smaller decoder, or more epochs", stacklevel=2)
 
-# %% ../nbs/library/29_trainer.ipynb #0628176a
+# %% ../nbs/library/29_trainer.ipynb #25eaabf6
 class Trainer:
     """Fits `model` to data.train, keeps the weights that are best on data.valid.
 
@@ -258,7 +255,7 @@ class Trainer:
         precision, work = pick_precision(c.precision, device), 6 * c.batch_size * c.k * sum(p.numel() for p in self.model.parameters())
         with joined(), stop_on_interrupt() as stop, at_full_speed(device, work, precision):
             training, self.found, self.interrupted = _Training(self, device, precision), None, False
-            tells = [_tensorboard(self.run), *([on_epoch] if on_epoch else [])] if rank() == 0 else []
+            tells = [tell for tell in (_tensorboard(self.run), on_epoch) if tell and rank() == 0]
             try:
                 with training.bar(progress) as bar:
                     while not training.state.place["done"] and not self.interrupted:
@@ -286,7 +283,7 @@ def _reopened(run: Path, model: nn.Module | None, data: Data | None) -> tuple[nn
     if found: model.to(next(t.dtype for t in found[0].values() if t.is_floating_point()))
     return model, data, c, found
 
-# %% ../nbs/library/29_trainer.ipynb #801e2e5a
+# %% ../nbs/library/29_trainer.ipynb #29f31ca4
 class _Training:
     "A `fit` under way."
     def __init__(self, trainer: Trainer, device: torch.device, precision: str) -> None:
@@ -305,8 +302,7 @@ class _Training:
             self.run.mkdir(parents=True, exist_ok=True)
             if not found: write_json(self.run / "config.json", self.about)
             write_atomically(self.run / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in trainer.history))
-        self.every = float(os.environ.get("VAE_NB_CHECKPOINT_SECONDS", 20))
-        self.good = self.state.tensors(), {**self.state.place}
+        self.every, self.good = float(os.environ.get("VAE_NB_CHECKPOINT_SECONDS", 20)), (self.state.tensors(), {**self.state.place})
         self.keep()
 
     def seconds(self) -> float: return self.before + time.perf_counter() - self.start
