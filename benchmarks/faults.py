@@ -1,6 +1,6 @@
 """Hurt runs of `vae_nb train` as a machine may, resume them, and compare with a run to which nothing happened.
 
-    python benchmarks/faults.py                               all kinds, some eight minutes on two cores
+    python benchmarks/faults.py                               all kinds, some twelve minutes on two cores
     python benchmarks/faults.py --only kills --kills 100      kills alone, more of them
     python benchmarks/faults.py --out results/faults.json     also writes what happened, trial by trial
 

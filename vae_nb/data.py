@@ -35,7 +35,7 @@ def as_condition(y: Tensor | None, n_condition: int) -> Tensor | None:
     if y.max() >= n_condition: raise ValueError(f"{allowed} class {int(y.max())}")
     return torch.nn.functional.one_hot(y.long(), n_condition).float()
 
-# %% ../nbs/library/26_data.ipynb #24f743ce
+# %% ../nbs/library/26_data.ipynb #c9de0a6a
 @dataclass
 class Data:
     """Images (n, *shape) split for training, choosing, testing: train as stored (see `observe`), valid and test as a
@@ -64,8 +64,7 @@ class Data:
     @property
     def spec(self) -> dict[str, Any]:
         "What `build_vae` wants to know of the data: build_vae(**data.spec, latent_dim=2)."
-        total = sum(part.double().sum(0) for part in self.train.split(4096))               # they may fill the memory
-        mean = (total / len(self.train) / (255 if self.grey else 1)).float()
+        mean = (sum(part.double().sum(0) for part in self.train.split(4096)) / len(self.train) / (255 if self.grey else 1)).float()
         return {"shape": self.shape, "likelihood": self.likelihood, "total": self.total, "mean": mean,
                 "n_condition": self.n_condition}
     def observe(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
