@@ -50,7 +50,7 @@ class DiagonalNormal(Independent):
         return (self.base_dist.loc + self.base_dist.scale * noise,
                 (log_normal(noise, 0.0, 1.0) - self.base_dist.scale.log()).sum(-1))
 
-# %% ../nbs/derivation/02_densities.ipynb #0ee44410
+# %% ../nbs/derivation/02_densities.ipynb #6e6f9256
 class _Ones(torch.autograd.Function):
     "x logits - total log(1 + exp(logits)) on a CPU, by pieces that stay in its cache."
     @staticmethod
@@ -58,8 +58,8 @@ class _Ones(torch.autograd.Function):
         ctx.save_for_backward(x, logits)
         ctx.total, out = total, torch.empty_like(logits)
         for a, to in zip(logits.view(-1).split(2 ** 17), out.view(-1).split(2 ** 17)):
-            torch.abs(a, out=to).neg_().exp_().add_(1).log_().add_(a.relu())
-        return torch.addcmul(out.mul_(-total), x, logits, out=out)
+            torch.abs(a, out=to).sigmoid_().log_().sub_(a.relu())
+        return torch.addcmul(out if total == 1 else out.mul_(total), x, logits, out=out)
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor, None]:
         x, logits = ctx.saved_tensors

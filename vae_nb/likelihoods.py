@@ -14,7 +14,7 @@ from torch import Tensor, distributions as D, nn
 from .checks import whole_number
 from .densities import log_bernoulli, log_binomial, log_normal
 
-# %% ../nbs/library/20_likelihoods.ipynb #6ccdc168
+# %% ../nbs/library/20_likelihoods.ipynb #1e02322c
 class Likelihood(nn.Module):
     """p(x | z): `network` maps z (m, d_z), and a condition (m, d_c) if there is one, to (m, n_params) parameters.
     Called with z (..., n, d_z), and perhaps a condition (n, d_c), returns a distribution of images.
@@ -55,7 +55,7 @@ class Likelihood(nn.Module):
 
     def check(self, x: Tensor) -> None:
         "Raises ValueError for images (n, *shape) of another shape, not finite, or outside the likelihood's support."
-        _check(self, x)
+        for part in x.split(4096) if x.ndim else (x,): _check(self, part)
 
 # %% ../nbs/library/20_likelihoods.ipynb #6e42f348
 def at_least_32_bits(params: Tensor) -> Tensor:
