@@ -201,7 +201,7 @@ def _warn_of_collapse(record: dict[str, Any], epochs_settled: float) -> None:
                       f"{record['valid_rate']:.4f} in all), the decoder does without them. Try a warm-up of the rate's weight, "
                       "free bits, a smaller beta (beta=KLWeight(...)), a smaller decoder, or more epochs", stacklevel=2)
 
-# %% ../nbs/library/29_trainer.ipynb #45566602
+# %% ../nbs/library/29_trainer.ipynb #c9e5237b
 class Trainer:
     """Fits `model` to data.train, keeps the weights that are best on data.valid.
 
@@ -230,7 +230,9 @@ class Trainer:
         form), seconds; nats. on_epoch is called with each record. Ctrl-C ends it early and in order; a bound that is not
         finite raises FloatingPointError, a file that cannot be written OSError."""
         c, device = self.config, pick_device(self.config.device)
-        precision, work = pick_precision(c.precision, device), 6 * c.batch_size * c.k * sum(p.numel() for p in self.model.parameters())
+        pixels = math.prod(self.data.shape)                      # a convolution's weights are used at each of them
+        work = 6 * c.batch_size * c.k * sum(p.numel() * (pixels if p.ndim == 4 else 1) for p in self.model.parameters())
+        precision = pick_precision(c.precision, device)
         with joined(), stop_on_interrupt() as stop, at_full_speed(device, work, precision):
             training, self.found, self.interrupted = _Training(self, device, precision), None, False
             tells = [tell for tell in (_tensorboard(self.run), on_epoch) if tell and rank() == 0]
@@ -261,7 +263,7 @@ def _reopened(run: Path, model: nn.Module | None, data: Data | None) -> tuple[nn
     if found: model.to(next(t.dtype for name, t in found[0].items() if name.startswith("model.") and t.is_floating_point()))
     return model, data, c, found
 
-# %% ../nbs/library/29_trainer.ipynb #2e35ed58
+# %% ../nbs/library/29_trainer.ipynb #19a19b22
 class _Training:
     "A `fit` under way."
     def __init__(self, trainer: Trainer, device: torch.device, precision: str) -> None:
@@ -284,7 +286,6 @@ class _Training:
         self.keep()
 
     def seconds(self) -> float: return self.before + time.perf_counter() - self.start
-
     def bar(self, progress: bool) -> tqdm:
         return tqdm(total=self.c.epochs * self.batches.count, initial=self.state.place["step"], unit="step",
                     disable=not progress or rank() > 0)
