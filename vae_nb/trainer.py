@@ -201,7 +201,7 @@ def _warn_of_collapse(record: dict[str, Any], epochs_settled: float) -> None:
                       f"{record['valid_rate']:.4f} in all), the decoder does without them. Try a warm-up of the rate's weight, "
                       "free bits, a smaller beta (beta=KLWeight(...)), a smaller decoder, or more epochs", stacklevel=2)
 
-# %% ../nbs/library/29_trainer.ipynb #c9e5237b
+# %% ../nbs/library/29_trainer.ipynb #b08d0832
 class Trainer:
     """Fits `model` to data.train, keeps the weights that are best on data.valid.
 
@@ -230,9 +230,8 @@ class Trainer:
         form), seconds; nats. on_epoch is called with each record. Ctrl-C ends it early and in order; a bound that is not
         finite raises FloatingPointError, a file that cannot be written OSError."""
         c, device = self.config, pick_device(self.config.device)
-        pixels = math.prod(self.data.shape)                      # a convolution's weights are used at each of them
+        precision, pixels = pick_precision(c.precision, device), math.prod(self.data.shape)      # where convolutions use their weights
         work = 6 * c.batch_size * c.k * sum(p.numel() * (pixels if p.ndim == 4 else 1) for p in self.model.parameters())
-        precision = pick_precision(c.precision, device)
         with joined(), stop_on_interrupt() as stop, at_full_speed(device, work, precision):
             training, self.found, self.interrupted = _Training(self, device, precision), None, False
             tells = [tell for tell in (_tensorboard(self.run), on_epoch) if tell and rank() == 0]
