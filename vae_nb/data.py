@@ -35,7 +35,7 @@ def as_condition(y: Tensor | None, n_condition: int) -> Tensor | None:
     if y.max() >= n_condition: raise ValueError(f"{allowed} class {int(y.max())}")
     return torch.nn.functional.one_hot(y.long(), n_condition).float()
 
-# %% ../nbs/library/26_data.ipynb #c9de0a6a
+# %% ../nbs/library/26_data.ipynb #937a64af
 @dataclass
 class Data:
     """Images (n, *shape) split for training, choosing, testing: train as stored (see `observe`), valid and test as a
@@ -53,7 +53,6 @@ class Data:
     dynamic: bool = False            # and they are to be binarised anew at every use
     conditional: bool = False        # models get the labels
     source: dict[str, Any] | None = None   # what `load_data` is told to load them again, if they can be
-
     shape = property(lambda self: tuple(self.train.shape[1:]))   # of one image
     @property
     def n_condition(self) -> int:
@@ -68,10 +67,9 @@ class Data:
         return {"shape": self.shape, "likelihood": self.likelihood, "total": self.total, "mean": mean,
                 "n_condition": self.n_condition}
     def observe(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        "Stored training images → float32 as a model sees them: grey levels in [0, 1], binarised anew if dynamic."
+        "Stored training images → float32 as a model sees them: grey in [0, 1], or 1 with probability grey if dynamic."
         if not self.dynamic: return stored.float() / 255 if self.grey else stored.float()
-        drawn = torch.rand(stored.shape, generator=generator, device=stored.device, dtype=torch.float32)
-        return drawn.mul_(255).lt_(stored)                   # 1 with probability stored / 255
+        return torch.rand(stored.shape, generator=generator, device=stored.device, dtype=torch.float32).mul_(255).lt_(stored)
     def split(self, name: str, seed: int = 0) -> Tensor:
         "The images called train, valid or test; `seed` is of the binarisation of train. ValueError for another name."
         x = known("split", name, {"train": self.train, "valid": self.valid, "test": self.test})
