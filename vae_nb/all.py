@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/library/34_all.ipynb #d6a65133
+# %% ../nbs/library/34_all.ipynb #01a24d0a
 import torch
 from .amortisation import *
 from .annealing import *
@@ -28,6 +28,7 @@ from .objectives import *
 from .plots import *
 from .posteriors import *
 from .priors import *
+from .recipes import *
 from .trainer import *
 
 __all__ = [name for name in dir() if not name.startswith("_")]        # what the star hands on

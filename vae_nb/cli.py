@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'DEFAULTS', 'REPORT_K', 'DataName', 'DataDir', 'Binarize', 'Conditional', 'LatentDim', 'Hidden', 'Network',
            'Likelihood', 'Posterior', 'Prior', 'ObjectiveName', 'Samples', 'Beta', 'Warmup', 'Epochs', 'BatchSize',
-           'Rate', 'Average', 'Patience', 'Precision', 'Resume', 'Device', 'Seed', 'OutFolder', 'Run', 'Split', 'Moved',
-           'NoiseSeed', 'train', 'evaluate_run', 'sample', 'encode', 'main']
+           'Rate', 'Average', 'Patience', 'Precision', 'Resume', 'Device', 'Seed', 'Published', 'OutFolder', 'Run',
+           'Split', 'Moved', 'NoiseSeed', 'train', 'recipes', 'evaluate_run', 'sample', 'encode', 'main']
 
-# %% ../nbs/library/33_cli.ipynb #5d6fb6fb
+# %% ../nbs/library/33_cli.ipynb #7cf7a4ba
 import json
 import os
 import shlex
@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 import numpy as np
@@ -34,6 +35,7 @@ from .objectives import OBJECTIVES, KLWeight
 from .plots import plot_samples, run_figures
 from .posteriors import POSTERIORS
 from .priors import PRIORS
+from .recipes import RECIPES, recipe_of, result
 from .trainer import TrainConfig, Trainer, stop_on_interrupt
 
 # %% ../nbs/library/33_cli.ipynb #12e08848
@@ -65,15 +67,18 @@ def _default(name: str) -> str:
 
 def _text(help: str) -> Any: return typer.Option(help=help)
 
-# %% ../nbs/library/33_cli.ipynb #94c0585b
+# %% ../nbs/library/33_cli.ipynb #842fa7e1
 REPORT_K = 128       # samples for each image in the report that ends a training run
 
 def _report(folder: Path, trainer: Trainer, progress: bool) -> None:
     "Evaluate the model on the test images, draw the figures, and say where everything is."
     model, data, history, asked = trainer.model, trainer.data, trainer.history, trainer.data.condition("test")
     report = evaluate(model, data.test, REPORT_K, trainer.config.seed, data.name, "test", asked, progress)
+    recipe = None if trainer.interrupted else recipe_of(read_config(folder))
+    found = recipe and result(recipe, trainer, progress)
     if rank(): return
     _save_figures(folder, run_figures(model, history, data.test, data.test_labels, asked))
+    if found: write_json(folder / "result.json", found)
     write_json(folder / "report.json", report.to_dict())                     # the last: where it is, the run is finished
     best = max(history, key=lambda r: r["valid_weighted"])
     name = shlex.quote(str(folder))
@@ -87,7 +92,7 @@ def _save_figures(folder: Path, figures: dict[str, Any]) -> None:
     (folder / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items(): figure.savefig(folder / "figures" / f"{name}.png", dpi=130)
 
-# %% ../nbs/library/33_cli.ipynb #9ceb63ec
+# %% ../nbs/library/33_cli.ipynb #b31854dd
 DataName = Annotated[str, _text(f"What to learn: {_one_of(['digits', *TORCHVISION])}, or a path to your own: a folder "
                                 "of images, or a file .npy, .npz, .csv.")]
 DataDir = Annotated[Optional[Path], _text("Folder with torchvision's files; it must exist. Default: a cache, with download.")]
@@ -115,9 +120,11 @@ Precision = Annotated[str, _text(f"Of the networks: {_one_of(PRECISIONS)}. Log d
 Resume = Annotated[Optional[Path], _text("Go on with this run, which was cut off; alone, all else is as it was.")]
 Device = Annotated[str, _text("auto, cpu, cuda, cuda:0, … or mps.")]
 Seed = Annotated[int, _number("Of the initial weights, the order of images and all noise.")]
+Published = Annotated[Optional[str], _text("A published experiment: see vae_nb recipes. It says all else, but for --data-dir, --device, "
+                                           "--precision, --seed and --out.")]
 OutFolder = Annotated[Optional[Path], _text("Run folder, new or empty. Default: runs/DATA-1, runs/DATA-2, …")]
 
-# %% ../nbs/library/33_cli.ipynb #95dc5304
+# %% ../nbs/library/33_cli.ipynb #21a45cdc
 @app.command()
 def train(context: typer.Context, data: DataName = "digits", data_dir: DataDir = None, binarize: Binarize = None, conditional: Conditional = False,
           latent_dim: LatentDim = None, network: Network = "mlp", hidden: Hidden = None, likelihood: Likelihood = None,
@@ -125,7 +132,7 @@ def train(context: typer.Context, data: DataName = "digits", data_dir: DataDir =
           k: Samples = TrainConfig.k, beta: Beta = TrainConfig.beta, kl_warmup: Warmup = KLWeight.warmup,
           epochs: Epochs = None, batch_size: BatchSize = None, lr: Rate = TrainConfig.lr, ema: Average = TrainConfig.ema,
           patience: Patience = TrainConfig.patience, precision: Precision = TrainConfig.precision,
-          device: Device = TrainConfig.device, seed: Seed = TrainConfig.seed, out: OutFolder = None, resume: Resume = None) -> None:
+          device: Device = TrainConfig.device, seed: Seed = TrainConfig.seed, out: OutFolder = None, recipe: Published = None, resume: Resume = None) -> None:
     """Train a VAE, report held-out log p(x), and leave a run folder.
 
     Without options: scikit-learn's digits, two latents, under a minute on a CPU. Ctrl-C stops early and keeps what was learned.
@@ -134,6 +141,7 @@ def train(context: typer.Context, data: DataName = "digits", data_dir: DataDir =
     """
     restarted = out is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (out / "config.json").exists()
     if resume or restarted: return _resume(resume or out, context)
+    if recipe: return _follow(recipe, context, data_dir, {"device": device, "precision": precision, "seed": seed}, out)
     with _asked_for():
         if rank() == 0: refuse_taken(out)
         given = {"latent_dim": latent_dim, "hidden": hidden, "epochs": epochs, "batch_size": batch_size}
@@ -148,18 +156,45 @@ def train(context: typer.Context, data: DataName = "digits", data_dir: DataDir =
         model = build_vae(**_spec(images, likelihood), latent_dim=chosen["latent_dim"], hidden=widths, network=network,
                           posterior=posterior, prior=prior)
         trainer = Trainer(model, images, config)
-        trainer.run, made = all_of(make_folder(out, images.name) if rank() == 0 else None)[0]
+    _run_new(trainer, out, images.name)
+
+def _run_new(trainer: Trainer, out: Path | None, name: str) -> None:
+    with _asked_for(): trainer.run, made = all_of(make_folder(out, name) if rank() == 0 else None)[0]
     _run(trainer, lambda: _take_back(trainer.run, made))
+
+def _given(context: typer.Context, *fine: str) -> list[str]:
+    "The options that were given beside the fine ones."
+    return [name for name in context.params if context.get_parameter_source(name).name != "DEFAULT" and name not in fine]
+
+def _follow(name: str, context: typer.Context, data_dir: Path | None, own: dict[str, Any], out: Path | None) -> None:
+    "Train the recipe of that name."
+    with _asked_for():
+        recipe = known("recipe", name, RECIPES)
+        if rank() == 0: refuse_taken(out)
+        if others := _given(context, "recipe", "data_dir", "out", *own):
+            raise ValueError(f"the recipe {name} says its own --{others[0].replace('_', '-')}: leave it out, or leave --recipe out")
+        config, images = replace(recipe.train, **own), recipe.load(data_dir)
+        torch.manual_seed(config.seed)
+        trainer = Trainer(recipe.build(images), images, config)
+    _run_new(trainer, out, name)
 
 def _resume(run: Path, context: typer.Context) -> None:
     "Go on with a run; one that is finished says so."
     with _asked_for():
-        others = [name for name in context.params if context.get_parameter_source(name).name != "DEFAULT" and name != "resume"]
-        if others and not context.params["out"]: raise ValueError(f"--resume goes alone: {run} knows its --{others[0].replace('_', '-')}")
+        if (others := _given(context, "resume")) and not context.params["out"]: raise ValueError(f"--resume goes alone: {run} knows its --{others[0].replace('_', '-')}")
         trainer = Trainer.resume(run)
     if trainer.found and trainer.found[1]["done"] and (run / "report.json").exists():
         return typer.echo(f"{run} is finished, after {len(trainer.found[1]['history'])} epochs: {run / 'report.json'}")
     _run(trainer)
+
+# %% ../nbs/library/33_cli.ipynb #2769009e
+@app.command()
+def recipes() -> None:
+    "List the published experiments that train --recipe follows, with the figures that were published."
+    typer.echo("test log p(x), nats per image, published with k samples: train with  vae_nb train --recipe NAME --data-dir DIR\n")
+    for name, r in RECIPES.items():
+        figure = "" if r.published is None else f"{r.published:8.2f}  k = {r.k}"
+        typer.echo(f"  {name:30} {r.row:13} {r.data['source']:6} {r.data.get('binarize', ''):8} {figure:20} {r.source}")
 
 # %% ../nbs/library/33_cli.ipynb #6c7c4d99
 def _widths(hidden: str) -> tuple[int, ...]:

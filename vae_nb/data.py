@@ -6,7 +6,7 @@
 __all__ = ['TORCHVISION', 'BINARIZE', 'MAPPED', 'as_condition', 'Data', 'binarize_once', 'fingerprint', 'seen_items', 'load_data',
            'Minibatches']
 
-# %% ../nbs/library/26_data.ipynb #2a8c2781
+# %% ../nbs/library/26_data.ipynb #874d145f
 import csv
 import hashlib
 import math
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from .checks import known
+from .checks import known, whole_number
 from .devices import rank, seed_of, world
 
 # %% ../nbs/library/26_data.ipynb #eb3b7759
@@ -35,7 +35,7 @@ def as_condition(y: Tensor | None, n_condition: int) -> Tensor | None:
     if y.max() >= n_condition: raise ValueError(f"{allowed} class {int(y.max())}")
     return torch.nn.functional.one_hot(y.long(), n_condition).float()
 
-# %% ../nbs/library/26_data.ipynb #937a64af
+# %% ../nbs/library/26_data.ipynb #8fe91d62
 @dataclass
 class Data:
     """Images (n, *shape) split for training, choosing, testing: train as stored (see `observe`), valid and test as a
@@ -62,10 +62,10 @@ class Data:
         return y.shape[1] if y.ndim == 2 else 1 + int(y.max())
     @property
     def spec(self) -> dict[str, Any]:
-        "What `build_vae` wants to know of the data: build_vae(**data.spec, latent_dim=2)."
+        "What `build_vae` wants to know of the data, and to start from: build_vae(**data.spec, latent_dim=2)."
         mean = (sum(part.double().sum(0) for part in self.train.split(4096)) / len(self.train) / (255 if self.grey else 1)).float()
         return {"shape": self.shape, "likelihood": self.likelihood, "total": self.total, "mean": mean,
-                "n_condition": self.n_condition}
+                "n_condition": self.n_condition, "examples": self.observe(self.train[:1000], torch.Generator().manual_seed(0))}
     def observe(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
         "Stored training images → float32 as a model sees them: grey in [0, 1], or 1 with probability grey if dynamic."
         if not self.dynamic: return stored.float() / 255 if self.grey else stored.float()
@@ -81,7 +81,7 @@ class Data:
         "float32 (n, n_condition) for a split: see `as_condition`; None if not conditional."
         return as_condition(self.labels(name), self.n_condition)
 
-# %% ../nbs/library/26_data.ipynb #7a840c4c
+# %% ../nbs/library/26_data.ipynb #8e4ad667
 def _split(x: np.ndarray, y: np.ndarray | None, n_valid: int, n_test: int, seed: int) -> dict[str, Any]:
     """Shuffle by `seed`; the last n_test are for testing, the n_valid before them for choosing. What is mapped from a file
     is left in its order, and there."""
@@ -94,14 +94,14 @@ def _split(x: np.ndarray, y: np.ndarray | None, n_valid: int, n_test: int, seed:
     labels = {} if y is None else {f"{k}_labels": torch.from_numpy(y[i]) for k, i in cuts.items()}
     return {k: torch.from_numpy(x[i]) for k, i in cuts.items()} | labels
 
-def _digits(seed: int) -> Data:
+def _digits(seed: int, n_valid: int) -> Data:
     from sklearn.datasets import load_digits
     x, y = load_digits(return_X_y=True)
-    return Data("digits", **_split(np.uint8(x.reshape(-1, 8, 8)), y, 300, 300, seed), likelihood="binomial", total=16)
+    return Data("digits", **_split(np.uint8(x.reshape(-1, 8, 8)), y, n_valid, 300, seed), likelihood="binomial", total=16)
 
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 
-def _mnist(name: str, root: str | Path | None) -> Data:
+def _mnist(name: str, root: str | Path | None, n_valid: int) -> Data:
     "One of TORCHVISION's sets, as levels 0 … 255. Raises FileNotFoundError that says what goes where."
     from torchvision import datasets
     folder = Path(root if root is not None else os.environ.get("VAE_NB_CACHE") or Path.home() / ".cache" / "vae_nb")
@@ -112,7 +112,7 @@ def _mnist(name: str, root: str | Path | None) -> Data:
         raise FileNotFoundError(f"{name} is not in {str(folder)!r}{' and could not be downloaded' * (root is None)}: "
             "put its unpacked files train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
             f"t10k-labels-idx1-ubyte in {str(raw)!r}{', or leave root out to download' * (root is not None)}") from e
-    images, labels = ((part[:-10_000], part[-10_000:]) for part in (first.data, first.targets))
+    images, labels = ((part[:-n_valid], part[-n_valid:]) for part in (first.data, first.targets))
     return Data(name, *images, last.data, *labels, last.targets, likelihood="discretized-logistic", total=255)
 
 # %% ../nbs/library/26_data.ipynb #52f8dae9
@@ -136,7 +136,7 @@ def _binarized(data: Data, binarize: str, seed: int) -> Data:
     return replace(data, train=data.train if grey else cuts[0], valid=cuts[-2], test=cuts[-1], total=None, grey=grey,
                    dynamic=binarize == "dynamic", likelihood="gaussian" if binarize == "none" else "bernoulli")
 
-# %% ../nbs/library/26_data.ipynb #cce282ae
+# %% ../nbs/library/26_data.ipynb #2440d1d1
 def _array(x: Any) -> np.ndarray:
     "Numbers as an array; a PIL image as (3, h, w), uint8. Raises ValueError for anything else."
     if hasattr(x, "convert"):
@@ -155,7 +155,7 @@ def _labels(y: Any, n: int) -> np.ndarray | None:
                          f"shape {y.shape}{f', and among them {y[wrong][0]}' if wrong.any() else ''}")
     return y.astype(np.int64 if y.ndim == 1 else np.float32)
 
-def _own(name: str, x: np.ndarray, y: Any, labels: Any, seed: int) -> Data:
+def _own(name: str, x: np.ndarray, y: Any, labels: Any, seed: int, n_valid: int | None) -> Data:
     if x.ndim < 2 or (n := len(x) // 10) < 1 or not x.size:
         raise ValueError(f"data are (n, ...) with n at least 10, to be split in three: got shape {x.shape}")
     kind = {np.bool_: "bernoulli", np.uint8: "discretized-logistic"}.get(x.dtype.type, "gaussian")
@@ -163,8 +163,9 @@ def _own(name: str, x: np.ndarray, y: Any, labels: Any, seed: int) -> Data:
     if not all(np.isfinite(x[i:i + 4096]).all() for i in range(0, len(x), 4096)):
         raise ValueError(f"{name} holds NaN, infinite or too large numbers: clean it first")
     if isinstance(x, np.memmap): n = min(n, 10_000)
+    if n + (n_valid or n) >= len(x): raise ValueError(f"n_valid leaves some of the {len(x)} for training: got {n_valid}")
     y = _labels(y if labels is None else labels, len(x))
-    return Data(name, **_split(x, y, n, n, seed), likelihood=kind, total={"discretized-logistic": 255}.get(kind))
+    return Data(name, **_split(x, y, n_valid or n, n, seed), likelihood=kind, total={"discretized-logistic": 255}.get(kind))
 
 # %% ../nbs/library/26_data.ipynb #30dada51
 def _together(items: Iterable, source: Any, names: Sequence = (), batches: bool = False) -> tuple[np.ndarray, Any]:
@@ -232,7 +233,7 @@ def _read(source: Any) -> tuple[str, np.ndarray, Any]:
     if path.is_dir(): return path.resolve().name, *_folder(path)
     return path.stem, *known(f"{path}: kind", path.suffix.lower(), {".npy": _npz, ".npz": _npz, ".csv": _csv})(path)
 
-# %% ../nbs/library/26_data.ipynb #c3939f12
+# %% ../nbs/library/26_data.ipynb #3e1872a7
 def fingerprint(data: Data) -> str:
     "Says whether data are the same: the SHA-256 of images and labels in their splits."
     digest = hashlib.sha256()
@@ -251,7 +252,7 @@ def seen_items(source: Any, likelihood: str, seed: int = 0) -> tuple[Tensor, Ten
     return torch.from_numpy(x.astype(np.float32)), None if y is None else torch.from_numpy(y)
 
 def load_data(source: Any, root: str | Path | None = None, seed: int = 0, binarize: str | None = None,
-              labels: Any = None, conditional: bool = False) -> Data:
+              labels: Any = None, conditional: bool = False, n_valid: int | None = None) -> Data:
     """A data set by name (digits, mnist, fashion-mnist, kmnist) or one's own: an array or tensor (n, ...), a folder
     of images, a file (.npy, .npz, .csv), a torch Dataset or DataLoader of x or (x, y).
 
@@ -259,6 +260,7 @@ def load_data(source: Any, root: str | Path | None = None, seed: int = 0, binari
     seed: of the split, and of the one draw that makes grey images black and white.
     binarize: none, static or dynamic, for grey levels only: default dynamic for torchvision's sets, none for bytes.
     labels: (n,) whole numbers from 0, or (n, c) real vectors, in place of the source's. conditional: models get them.
+    n_valid: images for choosing, default 10,000 of torchvision's, 300 digits, a tenth of one's own.
     Raises ValueError for names and values that are not allowed, FileNotFoundError for files that are not there."""
     if root is not None and not Path(root).is_dir():
         raise FileNotFoundError(f"the data folder {str(root)!r} does not exist or is a file: give one that is there")
@@ -267,13 +269,16 @@ def load_data(source: Any, root: str | Path | None = None, seed: int = 0, binari
     if name and labels is not None: raise ValueError(f"{name} has labels of its own: leave labels out")
     if labels is not None and isinstance(source, DataLoader):
         raise ValueError("a DataLoader may shuffle: let its Dataset give (x, y), or give that Dataset and labels")
-    data = _digits(seed) if name == "digits" else _mnist(name, root) if name else _own(*_read(source), labels, seed)
+    if n_valid is not None and whole_number("n_valid", n_valid) >= (most := {"digits": 1497, None: math.inf}.get(name, 60_000)):
+        raise ValueError(f"n_valid leaves some of {name}'s {most} images for training: got {n_valid}")
+    data = (_digits(seed, n_valid or 300) if name == "digits" else _mnist(name, root, n_valid or 10_000) if name
+            else _own(*_read(source), labels, seed, n_valid))
     if name and data.total == 255 or binarize in BINARIZE[1:]: data = _binarized(data, binarize or "dynamic", seed)
     if conditional and data.train_labels is None:
         raise ValueError(f"conditional=True needs labels, and {data.name} has none: give labels=, one for each item")
     where = None if labels is not None or not isinstance(source, (str, Path)) else {
         "source": name or str(Path(source).resolve()), "root": None if root is None else str(Path(root).resolve()),
-        "binarize": binarize, "seed": seed, "conditional": bool(conditional)}
+        "binarize": binarize, "seed": seed, "conditional": bool(conditional), "n_valid": n_valid}
     return replace(data, conditional=bool(conditional), source=where)
 
 # %% ../nbs/library/26_data.ipynb #1292ecb3
