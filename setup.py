@@ -33,7 +33,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=[package],
-    package_data={package: ["py.typed"]},
+    package_data={package: ["py.typed", "pretrained/*/*"]},
     zip_safe=False,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),

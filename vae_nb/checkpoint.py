@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'write_atomically', 'write_json', 'save', 'read_config', 'load', 'rebuild', 'refuse_taken', 'make_folder',
-           'describe', 'run_data', 'load_run', 'save_state', 'newest_state', 'TrainingState']
+           'describe', 'run_data', 'load_run', 'pretrained', 'save_state', 'newest_state', 'TrainingState']
 
-# %% ../nbs/library/28_checkpoint.ipynb #95d677e5
+# %% ../nbs/library/28_checkpoint.ipynb #3544391d
 import hashlib
+import inspect
 import json
 import os
 import warnings
@@ -20,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors, save as tensor_bytes
 from torch import Tensor, nn
+from .checks import known
 from .data import TORCHVISION, Data, fingerprint, load_data
 from .model import VAE, build_vae
 
@@ -167,6 +169,12 @@ def run_data(run: str | Path, moved: str | Path | None = None) -> Data:
 def load_run(run: str | Path, moved: str | Path | None = None) -> tuple[VAE, Data]:
     "The model of a run of `vae_nb train`, and its data: see `load` and `run_data`."
     return load(run), run_data(run, moved)
+
+# %% ../nbs/library/28_checkpoint.ipynb #3a21d1bd
+def pretrained(name: str = "digits") -> Path:
+    "The folder of a trained model that comes with the package, for `load` and `load_run`. Raises ValueError for another name."
+    here = Path(inspect.getfile(Data)).parent / "pretrained"
+    return known("the trained model", name, {path.name: path for path in sorted(here.iterdir()) if path.is_dir()})
 
 # %% ../nbs/library/28_checkpoint.ipynb #707db06b
 def save_state(run: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ __all__ = ['app', 'DEFAULTS', 'REPORT_K', 'DataName', 'DataDir', 'Binarize', 'Co
            'Rate', 'Average', 'Patience', 'Precision', 'Resume', 'Device', 'Seed', 'Published', 'OutFolder', 'Run',
            'Split', 'Moved', 'NoiseSeed', 'train', 'recipes', 'evaluate_run', 'sample', 'encode', 'main']
 
-# %% ../nbs/library/33_cli.ipynb #7cf7a4ba
+# %% ../nbs/library/33_cli.ipynb #735aa7e4
 import json
 import os
 import shlex
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import typer
 from .checks import known, whole_number
-from .checkpoint import load, load_run, make_folder, read_config, refuse_taken, save, write_json
+from .checkpoint import load, load_run, make_folder, pretrained, read_config, refuse_taken, save, write_json
 from .data import BINARIZE, TORCHVISION, Data, as_condition, load_data, seen_items
 from .devices import PRECISIONS, all_of, checked_seed, joined, pick_device, rank
 from .evaluation import evaluate, per_image
@@ -240,8 +240,18 @@ def _take_back(folder: Path, made: bool) -> None:
     for path in folder.iterdir(): shutil.rmtree(path) if path.is_dir() else path.unlink()
     if made: folder.rmdir()
 
-# %% ../nbs/library/33_cli.ipynb #a12525f8
-Run = Annotated[Path, typer.Argument(help="A run folder of vae_nb train.")]
+# %% ../nbs/library/33_cli.ipynb #2f4e7c39
+def _run_folder(text: str) -> Path:
+    "A folder; or, where there is none of that name, a trained model that comes along."
+    try: return Path(text) if Path(text).exists() else pretrained(text)
+    except ValueError: return Path(text)
+
+def _beside(run: Path) -> Path:
+    "Where new files about a run go: into it; for a model that comes along, to where one is."
+    return Path() if run.parent == pretrained().parent else run
+
+Run = Annotated[Path, typer.Argument(help="A run folder of vae_nb train, or a trained model that comes along: digits, mnist.",
+                                     parser=_run_folder, metavar="RUN")]
 Split = Annotated[str, _text(f"Which images: {_one_of(['train', 'valid', 'test'])}.")]
 Moved = Annotated[Optional[Path], _text("Where the data are (for mnist and its kin, their folder), if they moved since training.")]
 NoiseSeed = Annotated[int, _number("Of the samples.")]
@@ -264,7 +274,7 @@ def evaluate_run(
     if out and rank() == 0: write_json(out, report.to_dict())
     typer.echo(f"{report}\n  {report.seconds:.1f} s on {report.device}" + (f"\n  {out}" if out else ""))
 
-# %% ../nbs/library/33_cli.ipynb #d014b0fc
+# %% ../nbs/library/33_cli.ipynb #6080c2ad
 @app.command()
 def sample(
     run: Run, seed: NoiseSeed = 0, n: Annotated[int, _number("How many images.")] = 100,
@@ -282,7 +292,7 @@ def sample(
         classes = model.config["n_condition"]
         if label is not None and not 0 <= label < classes:
             raise ValueError(f"--label is for conditional runs, a class from 0: this one has {classes}, got {label}")
-        path = out or run / "figures" / f"samples-{n}{'' if mean else '-drawn'}{'' if label is None else f'-{label}'}-seed{seed}.png"
+        path = out or _beside(run) / "figures" / f"samples-{n}{'' if mean else '-drawn'}{'' if label is None else f'-{label}'}-seed{seed}.png"
         y = torch.arange(n) % max(1, classes) if label is None else torch.full((n,), label)
         c = _condition(run, model, y)
         torch.manual_seed(seed)
@@ -300,7 +310,7 @@ def _condition(run: Path, model: VAE, y: Optional[torch.Tensor]) -> Optional[tor
                          "model.sample(n, condition=...))")
     return as_condition(y, model.config["n_condition"])
 
-# %% ../nbs/library/33_cli.ipynb #1339d1f2
+# %% ../nbs/library/33_cli.ipynb #45a789a9
 @app.command()
 def encode(
     run: Run, split: Split = "test", data_dir: Moved = None, seed: NoiseSeed = 0, device: Device = "auto",
@@ -312,7 +322,7 @@ def encode(
     with _asked_for():
         whole_number("--k", k)
         checked_seed(seed)
-        path = out or run / f"codes-{Path(data).stem if data else split}.npz"
+        path = out or _beside(run) / f"codes-{Path(data).stem if data else split}.npz"
         if run.is_dir(): _new_file(path, (".npz", ".csv"))
         if data is None:
             model, own = load_run(run, data_dir)
