@@ -55,17 +55,17 @@ def _burda(row: str, published: float, goal: float, train: TrainConfig) -> Recip
     model = {"latent_dim": 50, "hidden": (200, 200), "activation": "tanh"}
     return Recipe(row, "Burda, Grosse, Salakhutdinov, Importance weighted autoencoders, 2015", DYNAMIC, model, train, 5000, published, goal)
 
-# %% ../nbs/library/32_recipes.ipynb #1acf6ddf
+# %% ../nbs/library/32_recipes.ipynb #e0aa8cd4
 _DECAYED = OptimizerConfig("adamw", weight_decay=0.02)
 _FLOW = {"context": 128, "hidden": 256, "transforms": 2}
 
 RECIPES: dict[str, Recipe] = {
-    "altosaar-mean-field": _altosaar("R1", -97.10, -91.5, TrainConfig(166, 128, 2e-3, "stl", optimizer=_DECAYED)),
+    "altosaar-mean-field": _altosaar("R1", -97.10, -91.5, TrainConfig(166, 128, 2e-3, "stl", beta=KLWeight(warmup=40), optimizer=_DECAYED)),
     "altosaar-mean-field-published": _altosaar("R1-published", -97.10, -91.5, TrainConfig(166, 128, 1e-3, optimizer=_PUBLISHED)),
-    "altosaar-flow": _altosaar("R2", -95.33, -91.0, TrainConfig(166, 128, 2e-3, optimizer=_DECAYED), **_FLOW),
+    "altosaar-flow": _altosaar("R2", -95.33, -91.0, TrainConfig(200, 128, 2e-3, beta=KLWeight(warmup=40), optimizer=_DECAYED), **_FLOW),
     "altosaar-flow-published": _altosaar("R2-published", -95.33, -91.0, TrainConfig(383, 128, 1e-3, optimizer=_PUBLISHED), **_FLOW),
     "burda-vae": _burda("R3", -86.76, -86.35, TrainConfig(1000, 200, 2e-3, "stl", beta=KLWeight(warmup=100))),
-    "burda-iwae": _burda("R4", -84.78, -84.59, TrainConfig(300, 200, 2e-3, "dreg", 50)),
+    "burda-iwae": _burda("R4", -84.78, -84.59, TrainConfig(100, 200, 2e-3, "dreg", 50)),
     "tomczak-vamp": Recipe(
         "R5", "Tomczak, Welling, VAE with a VampPrior, 2018", STATIC,
         {"latent_dim": 40, "hidden": (300, 300), "network": "gated", "prior": "vamp", "prior_options": {"pseudo_inputs": 500}},
