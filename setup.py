@@ -10,7 +10,7 @@ ini.read(root / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 
 lab = cfg["lab_requirements"].split()
-dev = cfg["dev_requirements"].split()
+dev, docs = cfg["dev_requirements"].split(), cfg["docs_requirements"].split()
 package = cfg["lib_path"]
 
 setup(
@@ -37,6 +37,6 @@ setup(
     zip_safe=False,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"lab": lab, "dev": dev + lab},
+    extras_require={"lab": lab, "dev": dev + lab, "docs": docs},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -59,8 +59,9 @@ CSS = """
 .bd-header { display: none; }
 .page-links { font-size: 0.85rem; opacity: 0.85; }
 .exports { font-size: 0.85rem; text-align: right; margin-top: -0.75rem; }
-.api dt { font-family: var(--pst-font-family-monospace); }
-.api pre.doc { white-space: pre-wrap; border: none; background: none; padding-left: 1.5rem; font-family: inherit; font-size: 1em; }
+.doc { white-space: pre-line; margin: -0.5rem 0 1rem 1rem; }
+.bd-main .bd-content .bd-article-container { max-width: 70rem; }
+div.cell div.cell_input pre, div.cell div.cell_output pre { font-size: 0.8em; }
 """
 
 
@@ -169,7 +170,6 @@ def page(path: Path, stem: str, module: list[Thing], links: dict[str, str]) -> n
     for cell in nb.cells:
         if not cell.source.strip(): continue
         if cell.cell_type == "code": cell.metadata = {"tags": [t.replace("_all_outputs", "-output").replace("_", "-") for t in cell.metadata.get("tags", [])]}
-        for output in cell.get("outputs", []): described(output)
         cells.append(cell)
         if names := ids.get(cell.get("id")):
             up = "../" * stem.count("/")
@@ -181,20 +181,15 @@ def page(path: Path, stem: str, module: list[Thing], links: dict[str, str]) -> n
     return nb
 
 
-def described(output: dict[str, Any]) -> None:
-    """Old browsers' and screen readers' words for a picture are the cell's: none is left without."""
-    output.get("metadata", {}).setdefault("image/png", {}) if "image/png" in output.get("data", {}) else None
-
-
 def api_page(module: str, things: list[Thing], titles: dict[str, str], repository: str) -> str:
     """The Markdown of a module's API page."""
     first = things[0].page if things else ""
     lines = [f"# vae_nb.{module}", "", f"From [{titles[first]}](../{first}.ipynb).", ""] if first else [f"# vae_nb.{module}", ""]
     for thing in things:
         lines += [f'<span id="{thing.name}"></span>', "", f"## `{thing.name}`", "", "```python", f"{thing.name}{thing.signature}", "```", ""]
-        lines += [f'<pre class="doc">{escaped(thing.doc)}</pre>', ""] if thing.doc else []
+        lines += [f'<div class="doc">{escaped(thing.doc)}</div>', ""] if thing.doc else []
         for part in thing.parts:
-            lines += ["```python", f"{thing.name}.{part.name}{part.signature}", "```", "", f'<pre class="doc">{escaped(part.doc)}</pre>', ""]
+            lines += ["```python", f"{thing.name}.{part.name}{part.signature}", "```", "", f'<div class="doc">{escaped(part.doc)}</div>', ""]
         seen = [f"[where it is derived or made](../{thing.page}.ipynb#{thing.anchor})" if thing.anchor else f"[where it is made](../{thing.page}.ipynb)",
                 f"[source]({repository}/blob/main/vae_nb/{module}.py#L{thing.line})"]
         seen += ["at work in " + ", ".join(f"[{titles[stem]}](../{stem}.ipynb)" for stem in thing.used[:6])] if thing.used else []
@@ -228,7 +223,7 @@ def sources(dest: Path) -> None:
         if by_page[stem]: links["API"] = (f"{up}api/{by_page[stem][0].module}.html", "")
         nb, out = page(path, stem, by_page[stem], links), dest / f"{stem}.ipynb"
         if stem == "index":
-            for caption in CAPTIONS: nb.cells.append(nbformat.v4.new_markdown_cell(toctree(CAPTIONS[caption], [s for s in pages if s.startswith(caption)])))
+            for caption in CAPTIONS: nb.cells.append(nbformat.v4.new_markdown_cell(toctree(CAPTIONS[caption], [f"{titles[s]} <{s}>" for s in pages if s.startswith(caption)])))
             nb.cells.append(nbformat.v4.new_markdown_cell(toctree("API", [f"api/{module}" for module in sorted(api)])))
         out.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, out)

@@ -125,7 +125,7 @@ def rebuild(folder: str | Path, config: Any, **more: Any) -> VAE:
     try: return build_vae(**config, **more)
     except (TypeError, ValueError) as e: raise ValueError(f"config.json in {str(folder)!r} is damaged, its model cannot be built: {e}") from e
 
-# %% ../nbs/library/28_checkpoint.ipynb #6b6a7fcf
+# %% ../nbs/library/28_checkpoint.ipynb #f6a8f7aa
 def refuse_taken(out: Path | None) -> None:
     "Raises ValueError unless `out` is None, new, or an empty folder."
     if out is None: return
@@ -156,7 +156,7 @@ def run_data(run: str | Path, moved: str | Path | None = None) -> Data:
     for a folder that does not say and for data that changed, FileNotFoundError where something is missing."""
     config = read_config(run)
     source, trained_on = config.get("data"), config.get("fingerprint")
-    if not (isinstance(source, dict) and source.keys() == {"source", "root", "binarize", "seed", "conditional", "n_valid"}):
+    if not (isinstance(source, dict) and source.keys() | {"n_valid"} == {"source", "root", "binarize", "seed", "conditional", "n_valid"}):
         raise ValueError(f"config.json in {str(run)!r} does not say on which data it was trained: use load and load_data")
     if moved: source = {**source, "root" if source["source"] in TORCHVISION else "source": str(moved)}
     try: data = load_data(**source)
