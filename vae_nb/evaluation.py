@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'GROUP', 'PAIRS', 'grouped_terms', 'bound_by_k', 'PerImage', 'per_image', 'aggregate_kl', 'Report',
            'evaluate', 'active_units', 'kl_by_latent', 'AnnealedBounds', 'annealed_bounds']
 
-# %% ../nbs/library/27_evaluation.ipynb #91aa07d3
+# %% ../nbs/library/27_evaluation.ipynb #03365327
 import math
 import time
 from collections.abc import Iterator
@@ -24,8 +24,9 @@ from .devices import all_of, keep_memory, rank, seed_noise, world
 from .elbo import Terms, distortion, elbo, log_terms, rate
 from .importance import effective_sample_size, iwae
 from .model import mean_of
+from .priors import Bells
 
-# %% ../nbs/library/27_evaluation.ipynb #ebcd3c58
+# %% ../nbs/library/27_evaluation.ipynb #29fc6d77
 BLOCK = 2 ** 22      # numbers (samples × images × width of the model) in one forward pass
 GROUP = 2 ** 21      # log weights (k × n) kept at a time
 PAIRS = 2 ** 22      # of a cause and an image, in the aggregate posterior, for Gaussians; for flows PAIRS / 256
@@ -55,13 +56,13 @@ def _parts(model: nn.Module, size: int, x: Tensor, condition: Tensor | None) -> 
         yield tuple(t.to(*_home(model)) for t in part)
 
 def _width(model: nn.Module, x: Tensor, given: tuple[Tensor, ...]) -> int:
-    """How many numbers a sample for an image needs: its pixels times their classes, d times the bells of the prior, or the
+    """How many numbers a sample for an image needs: its pixels times their classes, the bells of the prior, or the
     widest layer (channels times pixels of a convolution)."""
     prior = model.prior(*given)
     bells = prior.mixture_distribution.logits.shape[-1] if isinstance(prior, MixtureSameFamily) else 1
     classes = model.likelihood.total + 1 if getattr(model.likelihood, "unordered", False) else 1
     layers = [p.shape[0] * (x[0].numel() if p.ndim == 4 else 1) for p in getattr(model.likelihood, "parameters", list)() if p.ndim > 1]
-    return max(x[0].numel() * classes, prior.event_shape.numel() * bells, *layers)
+    return max(x[0].numel() * classes, (1 if isinstance(prior, Bells) else prior.event_shape.numel()) * bells, *layers)
 
 # %% ../nbs/library/27_evaluation.ipynb #6df74238
 def grouped_terms(model: nn.Module, x: Tensor, k: int, condition: Tensor | None = None,
@@ -181,7 +182,7 @@ class Report:
 
     def __str__(self) -> str: return _said(self)
 
-# %% ../nbs/library/27_evaluation.ipynb #11331619
+# %% ../nbs/library/27_evaluation.ipynb #cc32d102
 def _said(found: Report) -> str:
     "The report as people read it; the warning only where it is due."
     lines = [f"{found.data} {found.split}, {found.n} images, {found.k} samples each, nats per image",
@@ -192,8 +193,8 @@ def _said(found: Report) -> str:
              f"      − distortion {found.distortion:9.3f}   (what is left of the image then)",
              f"  active units  {found.active_units:5d}" + ("" if found.std is None else f"   σ of p(x|z) {found.std:.4g}")]
     if found.aggregate_kl is not None:
-        lines.append(f"  rate          = {found.mutual_information:.3f} mutual information + {found.aggregate_kl:.3f} ± "
-                     f"{found.aggregate_kl_se:.3f} KL(q(z)‖p(z))")
+        lines.append(f"  rate          = {found.mutual_information:.3f} mutual information (at most log n = {math.log(found.n):.2f})"
+                     f" + {found.aggregate_kl:.3f} ± {found.aggregate_kl_se:.3f} KL(q(z)‖p(z))")
     if len(found.bound_by_k) > 1:
         lines.append("  by samples    " + "   ".join(f"{m}: {v:.2f}" for m, v in found.bound_by_k.items()))
     if found.doubtful > 0.05:

@@ -56,7 +56,7 @@ def _burda(row: str, published: float, goal: float, train: TrainConfig) -> Recip
     model = {"latent_dim": 50, "hidden": (200, 200), "activation": "tanh"}
     return Recipe(row, "Burda, Grosse, Salakhutdinov, Importance weighted autoencoders, 2015", DYNAMIC, model, train, 5000, published, goal)
 
-# %% ../nbs/library/32_recipes.ipynb #575ecb26
+# %% ../nbs/library/32_recipes.ipynb #b659f00f
 _DECAYED = OptimizerConfig("adamw", weight_decay=0.02)
 _FLOW = {"context": 128, "hidden": 256, "transforms": 2}
 
@@ -70,7 +70,7 @@ RECIPES: dict[str, Recipe] = {
     "tomczak-vamp": Recipe(
         "R5", "Tomczak, Welling, VAE with a VampPrior, 2018", STATIC,
         {"latent_dim": 40, "hidden": (300, 300), "network": "gated", "prior": "vamp", "prior_options": {"pseudo_inputs": 500}},
-        TrainConfig(200, 100, 5e-4, beta=KLWeight(warmup=100), patience=50), 5000, -85.57, -85.57),
+        TrainConfig(200, 100, 1e-3, "stl", beta=KLWeight(warmup=100), optimizer=_DECAYED, patience=50), 5000, -85.57, -85.57),
     "cremer-gaps": Recipe(
         "R6", "Cremer, Li, Duvenaud, Inference suboptimality in variational autoencoders, 2018", DYNAMIC | {"n_valid": 10_000},
         {"latent_dim": 50, "hidden": (200, 200), "activation": "elu"}, TrainConfig(200, 100, 1e-3, beta=KLWeight(warmup=20)), 5000, gaps=1000),
