@@ -124,7 +124,7 @@ Published = Annotated[Optional[str], _text("A published experiment: see vae_nb r
                                            "--precision, --seed and --out.")]
 OutFolder = Annotated[Optional[Path], _text("Run folder, new or empty. Default: runs/DATA-1, runs/DATA-2, …")]
 
-# %% ../nbs/library/33_cli.ipynb #21a45cdc
+# %% ../nbs/library/33_cli.ipynb #2938bc71
 @app.command()
 def train(context: typer.Context, data: DataName = "digits", data_dir: DataDir = None, binarize: Binarize = None, conditional: Conditional = False,
           latent_dim: LatentDim = None, network: Network = "mlp", hidden: Hidden = None, likelihood: Likelihood = None,
@@ -158,6 +158,7 @@ def train(context: typer.Context, data: DataName = "digits", data_dir: DataDir =
         trainer = Trainer(model, images, config)
     _run_new(trainer, out, images.name)
 
+# %% ../nbs/library/33_cli.ipynb #7e4c2467
 def _run_new(trainer: Trainer, out: Path | None, name: str) -> None:
     with _asked_for(): trainer.run, made = all_of(make_folder(out, name) if rank() == 0 else None)[0]
     _run(trainer, lambda: _take_back(trainer.run, made))

@@ -233,7 +233,7 @@ def _read(source: Any) -> tuple[str, np.ndarray, Any]:
     if path.is_dir(): return path.resolve().name, *_folder(path)
     return path.stem, *known(f"{path}: kind", path.suffix.lower(), {".npy": _npz, ".npz": _npz, ".csv": _csv})(path)
 
-# %% ../nbs/library/26_data.ipynb #3e1872a7
+# %% ../nbs/library/26_data.ipynb #2f68b478
 def fingerprint(data: Data) -> str:
     "Says whether data are the same: the SHA-256 of images and labels in their splits."
     digest = hashlib.sha256()
@@ -241,6 +241,7 @@ def fingerprint(data: Data) -> str:
         if t is not None: digest.update(np.ascontiguousarray(t.numpy()))
     return digest.hexdigest()
 
+# %% ../nbs/library/26_data.ipynb #32f515b0
 def seen_items(source: Any, likelihood: str, seed: int = 0) -> tuple[Tensor, Tensor | None]:
     """Data of one's own, whole and in their own order: float32 (n, ...) as a model of that likelihood sees them, and the
     labels or None. For bernoulli, bytes 0 … 255 are made black and white once, by `seed`."""

@@ -94,15 +94,26 @@ class VAE(Parts):
         for row, dim in zip(rows, dims): row[..., dim] = line[:, None].to(z)
         return self.decode(rows, condition)
 
-# %% ../nbs/library/24_model.ipynb #bb52c261
-HIDDEN = {"mlp": (256, 256, 256), "gated": (256, 256), "conv": (32, 64), "resnet": (32, 64)}   # default widths
-
+# %% ../nbs/library/24_model.ipynb #6be0ab9b
 def _options(part: str, kind: type, given: dict[str, Any] | None, *ours: str) -> dict[str, Any]:
     "What a part takes beside what the model knows. Raises ValueError for other names."
     able = [name for name in inspect.signature(kind).parameters if name not in ours]
     if wrong := [name for name in given or {} if name not in able]:
         raise ValueError(f"{wrong[0]!r} is no option of this {part}: it has {', '.join(able) or 'none'}")
     return dict(given or {})
+
+def _prior(kind: type, encode: nn.Module, sizes: tuple[int, int], given: dict[str, Any] | None, shape: tuple[int, ...],
+           total: int | None, examples: Tensor | None) -> nn.Module:
+    "The prior of that kind, for `sizes` = (latent_dim, n_condition)."
+    if kind is not VampPrior:
+        given = _options("prior", kind, given, "latent_dim", "n_condition")
+        return kind(*sizes[:1 + (kind is ConditionalNormal)], **given)
+    many = whole_number("pseudo_inputs", _options("prior", kind, given, "posterior").get("pseudo_inputs", 100))
+    if examples is None or not len(examples): examples = torch.rand(many, *shape) * (total or 1)
+    return kind(encode, examples[torch.arange(many) % len(examples)])
+
+# %% ../nbs/library/24_model.ipynb #5d751a5f
+HIDDEN = {"mlp": (256, 256, 256), "gated": (256, 256), "conv": (32, 64), "resnet": (32, 64)}   # default widths
 
 def build_vae(shape: Sequence[int], latent_dim: int = 2, likelihood: str = "bernoulli",
               hidden: Sequence[int] | None = None, total: int | None = None, mean: Tensor | None = None,
@@ -144,13 +155,3 @@ def build_vae(shape: Sequence[int], latent_dim: int = 2, likelihood: str = "bern
                     "total": total, "network": network, "posterior": posterior, "prior": prior, "n_condition": c,
                     "activation": activation, "posterior_options": given, "prior_options": dict(prior_options or {})}
     return model
-
-def _prior(kind: type, encode: nn.Module, sizes: tuple[int, int], given: dict[str, Any] | None, shape: tuple[int, ...],
-           total: int | None, examples: Tensor | None) -> nn.Module:
-    "The prior of that kind, for `sizes` = (latent_dim, n_condition)."
-    if kind is not VampPrior:
-        given = _options("prior", kind, given, "latent_dim", "n_condition")
-        return kind(*sizes[:1 + (kind is ConditionalNormal)], **given)
-    many = whole_number("pseudo_inputs", _options("prior", kind, given, "posterior").get("pseudo_inputs", 100))
-    if examples is None or not len(examples): examples = torch.rand(many, *shape) * (total or 1)
-    return kind(encode, examples[torch.arange(many) % len(examples)])
