@@ -164,12 +164,14 @@ def page(path: Path, stem: str, module: list[Thing], links: dict[str, str]) -> n
     exports = {i: [n for n in defined(c.source) if n in {t.name for t in module}] for i, c in enumerate(nb.cells)
                if c.cell_type == "code" and any(EXPORT.match(d) for d in directives(c))}
     ids = {nb.cells[i].id: names for i, names in exports.items() if names}
+    folded = {c.id for c in nb.cells if any(d.startswith("code-fold") for d in directives(c))}
     NBProcessor(nb=nb, procs=[strip_ansi, hide_line, clean_magics, tag], process=True)
     nb = nbformat.reads(nb2str(nb), as_version=4)
     cells = []
     for cell in nb.cells:
         if not cell.source.strip(): continue
         if cell.cell_type == "code": cell.metadata = {"tags": [t.replace("_all_outputs", "-output").replace("_", "-") for t in cell.metadata.get("tags", [])]}
+        if cell.get("id") in folded: cell.metadata["tags"].append("hide-input")
         cells.append(cell)
         if names := ids.get(cell.get("id")):
             up = "../" * stem.count("/")
