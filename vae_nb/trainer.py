@@ -247,7 +247,7 @@ class Trainer:
                 self.model.eval()
         return self.history
 
-# %% ../nbs/library/29_trainer.ipynb #fd3cf9ce
+# %% ../nbs/library/29_trainer.ipynb #484974ce
 def _reopened(run: Path, model: nn.Module | None, data: Data | None) -> tuple[nn.Module, Data, TrainConfig, Any]:
     "Model, data, config and newest state of a run: see `Trainer.resume`."
     config, data = read_config(run), run_data(run) if data is None else data
@@ -255,7 +255,7 @@ def _reopened(run: Path, model: nn.Module | None, data: Data | None) -> tuple[nn
     except (KeyError, TypeError) as e: raise ValueError(f"config.json in {str(run)!r} is not of a training: {e}") from e
     if model is None and config["model"] is None: raise ValueError(f"{str(run)!r} trains one's own modules: give model=")
     torch.manual_seed(c.seed)                                # cut off before its first checkpoint, it starts as it did
-    if model is None: model = rebuild(run, config["model"], mean=data.spec["mean"])
+    if model is None: model = rebuild(run, config["model"], **{name: data.spec[name] for name in ("mean", "examples")})
     if wrong := [name for name, value in describe(model, data, asdict(c)).items() if config.get(name) != value]:
         raise ValueError(f"this is not what {str(run)!r} trains: its {wrong[0]} is {config.get(wrong[0])}")
     found = newest_state(run, config)
