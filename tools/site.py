@@ -27,7 +27,7 @@ from nbdev.process import NBProcessor
 from nbdev.processors import clean_magics, hide_line, strip_ansi
 
 from notebooks import directives, notebooks, number_and_stem
-from readme import tag
+from readme import LINK, tag
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPTIONS = {"derivation": "Derivation", "library": "Library", "worked": "Worked"}
@@ -158,7 +158,15 @@ def used_in(pages: dict[str, Path], things: dict[str, Thing]) -> None:
 
 # ---- pages
 
-def page(path: Path, stem: str, module: list[Thing], links: dict[str, str]) -> nbformat.NotebookNode:
+def outside(markdown: str, stem: str, home: str) -> str:
+    """Links that leave the notebooks' folder become links to the repository at `home`."""
+    def leads(m: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join("nbs", posixpath.dirname(stem), m[2]))
+        return m[0] if target.startswith("nbs/") else f"{m[1]}{home}/{target}"
+    return LINK.sub(leads, markdown)
+
+
+def page(path: Path, stem: str, module: list[Thing], links: dict[str, str], home: str) -> nbformat.NotebookNode:
     """A notebook as a page: directives gone, a line of links below the title, and below exported cells links to the API."""
     nb = read_nb(path)
     exports = {i: [n for n in defined(c.source) if n in {t.name for t in module}] for i, c in enumerate(nb.cells)
@@ -170,6 +178,7 @@ def page(path: Path, stem: str, module: list[Thing], links: dict[str, str]) -> n
     cells = []
     for cell in nb.cells:
         if not cell.source.strip(): continue
+        if cell.cell_type == "markdown": cell.source = outside(cell.source, stem, home)
         if cell.cell_type == "code": cell.metadata = {"tags": [t.replace("_all_outputs", "-output").replace("_", "-") for t in cell.metadata.get("tags", [])]}
         if cell.get("id") in folded: cell.metadata["tags"].append("hide-input")
         cells.append(cell)
@@ -223,7 +232,7 @@ def sources(dest: Path) -> None:
                  "on GitHub": (f"{cfg.git_url}/blob/{cfg.branch}/{raw}", ""),
                  "in JupyterLab: vae_nb lab": (f"{up}index.html#Reading-in-JupyterLab", "")}
         if by_page[stem]: links["API"] = (f"{up}api/{by_page[stem][0].module}.html", "")
-        nb, out = page(path, stem, by_page[stem], links), dest / f"{stem}.ipynb"
+        nb, out = page(path, stem, by_page[stem], links, f"{cfg.git_url}/blob/{cfg.branch}"), dest / f"{stem}.ipynb"
         if stem == "index":
             for caption in CAPTIONS: nb.cells.append(nbformat.v4.new_markdown_cell(toctree(CAPTIONS[caption], [f"{titles[s]} <{s}>" for s in pages if s.startswith(caption)])))
             nb.cells.append(nbformat.v4.new_markdown_cell(toctree("API", [f"api/{module}" for module in sorted(api)])))
