@@ -230,7 +230,7 @@ def sources(dest: Path) -> None:
         links = {"download the notebook": (f"{up}notebooks/{stem}.ipynb", " download"),
                  "open in Colab": (f"https://colab.research.google.com/github/{cfg.user}/{cfg.repo}/blob/{cfg.branch}/{raw}", ""),
                  "on GitHub": (f"{cfg.git_url}/blob/{cfg.branch}/{raw}", ""),
-                 "in JupyterLab: vae_nb lab": (f"{up}index.html#Reading-in-JupyterLab", "")}
+                 "in JupyterLab": (f"{up}index.html#Reading-in-JupyterLab", "")}
         if by_page[stem]: links["API"] = (f"{up}api/{by_page[stem][0].module}.html", "")
         nb, out = page(path, stem, by_page[stem], links, f"{cfg.git_url}/blob/{cfg.branch}"), dest / f"{stem}.ipynb"
         if stem == "index":
