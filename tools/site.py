@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import inspect
 import json
 import os
 import posixpath
@@ -18,7 +19,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator
 
 import nbformat
 from execnb.nbio import nb2str, read_nb
@@ -34,7 +34,6 @@ CAPTIONS = {"derivation": "Derivation", "library": "Library", "worked": "Worked"
 HEADING = re.compile(r"(?m)^#{1,4} +(.+?)\s*$")
 EXPORT = re.compile(r"export\b")
 CONF = """
-import re
 project, author, copyright = "vae_nb", "vae_nb authors", "vae_nb authors"
 extensions = ["myst_nb"]
 nb_execution_mode, nb_merge_streams = "off", True
@@ -50,11 +49,6 @@ html_copy_source = html_show_sourcelink = html_show_sphinx = False
 html_theme_options = {"repository_url": "%(repository)s", "use_repository_button": True, "show_navbar_depth": 1,
                       "use_download_button": False, "use_fullscreen_button": False, "home_page_in_toc": True}
 """
-ANCHORS = '''
-def slug(title):
-    "As Jupyter makes them, so that one link serves JupyterLab, GitHub and the site."
-    return title.strip().replace(" ", "-")
-'''
 CSS = """
 .bd-header { display: none; }
 .page-links { font-size: 0.85rem; opacity: 0.85; }
@@ -66,7 +60,7 @@ div.cell div.cell_input pre, div.cell div.cell_output pre { font-size: 0.8em; }
 
 
 def slug(title: str) -> str:
-    """The anchor of a heading, as Jupyter makes it."""
+    """The anchor of a heading, as Jupyter makes it: one link serves JupyterLab, GitHub and the site. Sphinx calls it, too."""
     return title.strip().replace(" ", "-")
 
 
@@ -192,7 +186,7 @@ def page(path: Path, stem: str, module: list[Thing], links: dict[str, str], home
     return nb
 
 
-def api_page(module: str, things: list[Thing], titles: dict[str, str], repository: str) -> str:
+def api_page(module: str, things: list[Thing], titles: dict[str, str], home: str) -> str:
     """The Markdown of a module's API page."""
     first = things[0].page if things else ""
     lines = [f"# vae_nb.{module}", "", f"From [{titles[first]}](../{first}.ipynb).", ""] if first else [f"# vae_nb.{module}", ""]
@@ -202,7 +196,7 @@ def api_page(module: str, things: list[Thing], titles: dict[str, str], repositor
         for part in thing.parts:
             lines += ["```python", f"{thing.name}.{part.name}{part.signature}", "```", "", f'<div class="doc">{escaped(part.doc)}</div>', ""]
         seen = [f"[where it is derived or made](../{thing.page}.ipynb#{thing.anchor})" if thing.anchor else f"[where it is made](../{thing.page}.ipynb)",
-                f"[source]({repository}/blob/main/vae_nb/{module}.py#L{thing.line})"]
+                f"[source]({home}/vae_nb/{module}.py#L{thing.line})"]
         seen += ["at work in " + ", ".join(f"[{titles[stem]}](../{stem}.ipynb)" for stem in thing.used[:6])] if thing.used else []
         lines += [" · ".join(seen), ""]
     return "\n".join(lines)
@@ -225,14 +219,15 @@ def sources(dest: Path) -> None:
     api = public(ROOT / cfg.lib_name, pages)
     used_in(pages, {t.name: t for things in api.values() for t in things})
     by_page = {stem: api.get(number_and_stem(path)[1], []) for stem, path in pages.items()}
+    home = f"{cfg.git_url}/blob/{cfg.branch}"
     for stem, path in pages.items():
         up, raw = "../" * stem.count("/"), f"{cfg.nbs_path.name}/{stem}.ipynb"
         links = {"download the notebook": (f"{up}notebooks/{stem}.ipynb", " download"),
                  "open in Colab": (f"https://colab.research.google.com/github/{cfg.user}/{cfg.repo}/blob/{cfg.branch}/{raw}", ""),
-                 "on GitHub": (f"{cfg.git_url}/blob/{cfg.branch}/{raw}", ""),
+                 "on GitHub": (f"{home}/{raw}", ""),
                  "in JupyterLab": (f"{up}index.html#Reading-in-JupyterLab", "")}
         if by_page[stem]: links["API"] = (f"{up}api/{by_page[stem][0].module}.html", "")
-        nb, out = page(path, stem, by_page[stem], links, f"{cfg.git_url}/blob/{cfg.branch}"), dest / f"{stem}.ipynb"
+        nb, out = page(path, stem, by_page[stem], links, home), dest / f"{stem}.ipynb"
         if stem == "index":
             for caption in CAPTIONS: nb.cells.append(nbformat.v4.new_markdown_cell(toctree(CAPTIONS[caption], [f"{titles[s]} <{s}>" for s in pages if s.startswith(caption)])))
             nb.cells.append(nbformat.v4.new_markdown_cell(toctree("API", [f"api/{module}" for module in sorted(api)])))
@@ -243,9 +238,9 @@ def sources(dest: Path) -> None:
         shutil.copyfile(path, copy)
     (dest / "api").mkdir()
     for module, things in api.items():
-        (dest / "api" / f"{module}.md").write_text(api_page(module, things, titles, cfg.git_url), encoding="utf-8")
+        (dest / "api" / f"{module}.md").write_text(api_page(module, things, titles, home), encoding="utf-8")
     (dest / "conf.py").write_text("import sys\nsys.path.insert(0, __file__.rpartition('/')[0])" + CONF % {"repository": cfg.git_url}, encoding="utf-8")
-    (dest / "anchors.py").write_text(ANCHORS, encoding="utf-8")
+    (dest / "anchors.py").write_text(inspect.getsource(slug), encoding="utf-8")
     (dest / "_static").mkdir()
     (dest / "_static" / "custom.css").write_text(CSS, encoding="utf-8")
     shutil.copyfile(mathjax(), dest / "_static" / "tex-svg.js")
