@@ -3,11 +3,25 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 root = Path(__file__).parent
 ini = ConfigParser(delimiters=["="])
 ini.read(root / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
+
+
+class BuildWithNotebooks(build_py):
+    """A built package holds the notebooks, and what they read, for `vae_nb lab`; an editable one has them beside it."""
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode: return
+        target = Path(self.build_lib) / cfg["lib_path"] / "notebooks"
+        for path in [root / "README.md", *root.glob("results/*.json"), *(root / cfg["nbs_path"]).rglob("*.ipynb")]:
+            if ".ipynb_checkpoints" in path.parts: continue
+            (target / path.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(path), str(target / path.relative_to(root)))
+
 
 lab = cfg["lab_requirements"].split()
 dev, docs = cfg["dev_requirements"].split(), cfg["docs_requirements"].split()
@@ -34,6 +48,7 @@ setup(
     ],
     packages=[package],
     package_data={package: ["py.typed", "pretrained/*/*"]},
+    cmdclass={"build_py": BuildWithNotebooks},
     zip_safe=False,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),

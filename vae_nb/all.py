@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/library/34_all.ipynb #01a24d0a
+# %% ../nbs/library/34_all.ipynb #cee42849
 import torch
 from .amortisation import *
 from .annealing import *
@@ -30,5 +30,6 @@ from .posteriors import *
 from .priors import *
 from .recipes import *
 from .trainer import *
+from .widgets import *
 
 __all__ = [name for name in dir() if not name.startswith("_")]        # what the star hands on
