@@ -26,6 +26,7 @@ from nbdev.doclinks import nbglob
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTIVE = re.compile(r"\s*#\s*\|\s*(.*)")
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+PICTURES = ("image/png", "image/gif")
 TITLE_CELL = re.compile(r"# \S.*\n+> \S.*\n?")
 
 
@@ -53,17 +54,23 @@ def directives(cell: dict[str, Any]) -> list[str]:
     return found
 
 
+def alts(output: dict[str, Any]) -> dict[str, str]:
+    """The alt text of each picture in an output, empty where it has none: {"image/png": "A bell; x: z; y: density"}."""
+    said = output.get("metadata", {})
+    return {kind: said.get(kind, {}).get("alt", "") for kind in PICTURES if kind in output.get("data", {})}
+
+
 # ---- clean
 
 def clean_outputs(outputs: list[dict[str, Any]]) -> None:
-    """Empty what a front end or a kernel adds to outputs, in place.
+    """Empty what a front end or a kernel adds to outputs, in place; alt texts stay.
 
     Gone are a widget's view, which shows nothing without its kernel, and stderr: warnings, with the paths of the machine.
     """
     outputs[:] = [output for output in outputs
                   if WIDGET_VIEW not in output.get("data", {}) and output.get("name") != "stderr"]
     for output in outputs:
-        if "metadata" in output: output["metadata"] = {}
+        if "metadata" in output: output["metadata"] = {kind: {"alt": alt} for kind, alt in alts(output).items() if alt}
         if "execution_count" in output: output["execution_count"] = None
 
 
@@ -90,6 +97,8 @@ def cell_faults(cell: dict[str, Any]) -> Iterator[str]:
         yield "has a `#|` line below other lines, where nbdev doesn't see it"
     for output in cell.get("outputs", []):
         if WIDGET_VIEW in output.get("data", {}): yield "shows a widget, which is dead on a page: run tools/notebooks.py clean"
+        if not all(alts(output).values()):
+            yield "shows a picture without alt text: make it with new_figure, or display.Image(..., alt=...), and refresh"
         if output["output_type"] == "error": yield f"shows an error: {output['ename']}: {output['evalue']}"
 
 

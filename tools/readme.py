@@ -23,6 +23,11 @@ IMAGES = "index_files"
 HEADER = "<!-- Generated from nbs/index.ipynb by tools/readme.py: do not edit -->\n\n"
 # A Markdown link's target, with what may follow it; an address (https:), an anchor (#) or an absolute path is left alone.
 LINK = re.compile(r"(\]\()(?!\w+:|#|/)([^)#\s]+)")
+# nbconvert's own calls each picture "png".
+PICTURE = """{% extends "markdown/index.md.j2" %}
+{% block data_png %}
+![{{ output | get_metadata("alt", "image/png") | alt }}]({{ output.metadata.filenames["image/png"] | path2url }})
+{% endblock data_png %}"""
 # What nbdev's directives ask for, in the tags that nbconvert knows.
 TAGS = {"echo:": "remove_input", "output:": "remove_output"}
 
@@ -49,14 +54,19 @@ def relink(markdown: str, folder: str) -> str:
     return LINK.sub(lambda m: m[1] + posixpath.normpath(posixpath.join(folder, m[2])), markdown)
 
 
+def plain(alt: str | None) -> str:
+    """Words for the place where Markdown has a picture's alt text, with nothing in them that Markdown reads as a mark."""
+    return re.sub(r"([\\`*_\[\]<$|])", r"\\\1", alt or "")
+
+
 def exporter() -> MarkdownExporter:
-    """nbconvert's, which obeys the tags above and names pictures by their place in the notebook."""
+    """nbconvert's, which obeys the tags above, names pictures by their place in the notebook and gives them their alt text."""
     config = Config()
     config.TagRemovePreprocessor.enabled = True
     config.TagRemovePreprocessor.remove_input_tags = {TAGS["echo:"]}
     config.TagRemovePreprocessor.remove_all_outputs_tags = {TAGS["output:"]}
     config.ExtractOutputPreprocessor.output_filename_template = IMAGES + "/cell_{cell_index}_{index}{extension}"
-    return MarkdownExporter(config=config)
+    return MarkdownExporter(config=config, raw_template=PICTURE, filters={"alt": plain})
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -26,7 +28,7 @@ from nbdev.config import get_config
 from nbdev.process import NBProcessor
 from nbdev.processors import clean_magics, hide_line, strip_ansi
 
-from notebooks import directives, notebooks, number_and_stem
+from notebooks import alts, directives, notebooks, number_and_stem
 from readme import LINK, tag
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,9 +51,19 @@ html_copy_source = html_show_sourcelink = html_show_sphinx = False
 html_theme_options = {"repository_url": "%(repository)s", "use_repository_button": True, "show_navbar_depth": 1,
                       "use_download_button": False, "use_fullscreen_button": False, "home_page_in_toc": True}
 """
+# MyST-NB knows one alt text for all pictures of a cell; but it names each picture's file by the hash of what is in it.
+DESCRIBE = """
+import json, pathlib
+from docutils.nodes import image
+ALTS = json.loads((pathlib.Path(__file__).parent / "alts.json").read_text(encoding="utf-8"))
+def describe(app, doctree):
+    for node in doctree.findall(image):
+        if alt := ALTS.get(pathlib.PurePosixPath(node["uri"]).stem): node["alt"] = alt
+def setup(app): app.connect("doctree-read", describe)
+"""
 CSS = """
 .bd-header { display: none; }
-.page-links { font-size: 0.85rem; opacity: 0.85; }
+.page-links { font-size: 0.85rem; }
 .exports { font-size: 0.85rem; text-align: right; margin-top: -0.75rem; }
 .doc { white-space: pre-line; margin: -0.5rem 0 1rem 1rem; }
 .bd-main .bd-content .bd-article-container { max-width: 70rem; }
@@ -186,6 +198,12 @@ def page(path: Path, stem: str, module: list[Thing], links: dict[str, str], home
     return nb
 
 
+def told(nb: nbformat.NotebookNode) -> dict[str, str]:
+    """The alt text of each picture in a notebook's outputs, by the SHA-256 of the picture's bytes."""
+    return {hashlib.sha256(base64.b64decode(output.data[kind])).hexdigest(): alt for cell in nb.cells
+            for output in cell.get("outputs", []) for kind, alt in alts(output).items() if alt}
+
+
 def api_page(module: str, things: list[Thing], titles: dict[str, str], home: str) -> str:
     """The Markdown of a module's API page."""
     first = things[0].page if things else ""
@@ -219,7 +237,7 @@ def sources(dest: Path) -> None:
     api = public(ROOT / cfg.lib_name, pages)
     used_in(pages, {t.name: t for things in api.values() for t in things})
     by_page = {stem: api.get(number_and_stem(path)[1], []) for stem, path in pages.items()}
-    home = f"{cfg.git_url}/blob/{cfg.branch}"
+    home, words = f"{cfg.git_url}/blob/{cfg.branch}", {}
     for stem, path in pages.items():
         up, raw = "../" * stem.count("/"), f"{cfg.nbs_path.name}/{stem}.ipynb"
         links = {"download the notebook": (f"{up}notebooks/{stem}.ipynb", " download"),
@@ -231,6 +249,7 @@ def sources(dest: Path) -> None:
         if stem == "index":
             for caption in CAPTIONS: nb.cells.append(nbformat.v4.new_markdown_cell(toctree(CAPTIONS[caption], [f"{titles[s]} <{s}>" for s in pages if s.startswith(caption)])))
             nb.cells.append(nbformat.v4.new_markdown_cell(toctree("API", [f"api/{module}" for module in sorted(api)])))
+        words |= told(nb)
         out.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, out)
         copy = dest / "_extra" / "notebooks" / f"{stem}.ipynb"
@@ -239,7 +258,8 @@ def sources(dest: Path) -> None:
     (dest / "api").mkdir()
     for module, things in api.items():
         (dest / "api" / f"{module}.md").write_text(api_page(module, things, titles, home), encoding="utf-8")
-    (dest / "conf.py").write_text("import sys\nsys.path.insert(0, __file__.rpartition('/')[0])" + CONF % {"repository": cfg.git_url}, encoding="utf-8")
+    (dest / "conf.py").write_text("import sys\nsys.path.insert(0, __file__.rpartition('/')[0])" + CONF % {"repository": cfg.git_url} + DESCRIBE, encoding="utf-8")
+    (dest / "alts.json").write_text(json.dumps(words), encoding="utf-8")
     (dest / "anchors.py").write_text(inspect.getsource(slug), encoding="utf-8")
     (dest / "_static").mkdir()
     (dest / "_static" / "custom.css").write_text(CSS, encoding="utf-8")

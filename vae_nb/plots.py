@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['plot_history', 'plot_monitor', 'live_plot', 'as_pictures', 'ink_of', 'plot_reconstructions', 'plot_samples',
-           'latent_name', 'widest', 'plot_latent_map', 'plot_prior_predictive', 'plot_costs', 'plot_weights',
+           'latent_name', 'widest', 'plot_latent_map', 'plot_prior_predictive', 'plot_costs', 'plot_weights', 'film',
            'run_figures']
 
-# %% ../nbs/library/30_plots.ipynb #41e39a73
+# %% ../nbs/library/30_plots.ipynb #2197ff46
+import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Sequence
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 from .elbo import log_terms
 from .evaluation import bound_by_k, per_image
@@ -133,7 +135,7 @@ def _grid_ticks(fig: Figure, dims: Sequence[int], extent: float) -> Figure:
     fig.set_size_inches(5.0, 5.0 * height / width + 0.4)
     return fig
 
-# %% ../nbs/library/30_plots.ipynb #4211fec5
+# %% ../nbs/library/30_plots.ipynb #f3f2d190
 def plot_costs(model: VAE, x: Tensor, k: int = 100, seed: int = 0, condition: Tensor | None = None) -> Figure:
     "One image x (1, *shape) and two reconstructions, beside its rate and distortion by k samples of q, nats."
     found = per_image(model, x, k, seed, condition)
@@ -145,7 +147,8 @@ def plot_costs(model: VAE, x: Tensor, k: int = 100, seed: int = 0, condition: Te
     image_grid(shown, ncol=3, vmax=ink_of(model), title="image · mean reconstruction · a drawn one", ax=left)
     right.barh(["distortion", "rate"], [found.distortion.item(), found.rate.item()], color=COLORS[:2])
     right.set(xlabel=f"nats, by {k} samples")
-    right.set_title(f"ELBO = −{found.rate.item():.2f} − {found.distortion.item():.2f} = {found.elbo.item():.2f}", loc="left", fontsize=STYLE["axes.titlesize"])
+    told = f"ELBO = −{found.rate.item():.2f} − {found.distortion.item():.2f} = {found.elbo.item():.2f}".replace("-", "−")
+    right.set_title(told, loc="left", fontsize=STYLE["axes.titlesize"])
     return fig
 
 # %% ../nbs/library/30_plots.ipynb #facc9800
@@ -170,6 +173,19 @@ def plot_weights(model: VAE, x: Tensor, k: int = 1000, seed: int = 0, condition:
            latent_name(dims[-1]) if len(dims) > 1 else "", "samples of q, and those picked by weight", ax=right)
     for text, name in zip(right.get_legend().get_texts(), ("q(z|x)", "by weight")): text.set_text(name)
     return fig
+
+# %% ../nbs/library/30_plots.ipynb #4bf99bfc
+def film(figures: Iterable[Figure], seconds: float = 0.5, last: float = 3.0) -> bytes:
+    "Figures of one size → an animated PNG that plays for ever: `seconds` for each, `last` for the last one."
+    levels = [int(color[i:i + 2], 16) for color in COLORS for i in (1, 3, 5)]
+    palette, frames, file = Image.new("P", (1, 1)), [], io.BytesIO()
+    palette.putpalette(levels + [round(76 + 0.7 * level) for level in levels] + [g for g in range(0, 256, 17) for _ in range(3)])
+    for fig in figures:
+        fig.savefig(picture := io.BytesIO(), facecolor="white")
+        frames.append(Image.open(picture).convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE))
+    times = [int(1000 * seconds)] * (len(frames) - 1) + [int(1000 * last)]
+    frames[0].save(file, "PNG", save_all=True, append_images=frames[1:], duration=times, loop=0)
+    return file.getvalue()
 
 # %% ../nbs/library/30_plots.ipynb #268e731a
 def run_figures(model: VAE, history: Sequence[dict[str, float]], x: Tensor,
