@@ -17,7 +17,7 @@ class BuildWithNotebooks(build_py):
         super().run()
         if self.editable_mode: return
         target = Path(self.build_lib) / cfg["lib_path"] / "notebooks"
-        for path in [root / "README.md", *root.glob("results/*.json"), *(root / cfg["nbs_path"]).rglob("*.ipynb")]:
+        for path in [root / "README.md", *root.glob("results/*.json*"), *(root / cfg["nbs_path"]).rglob("*.ipynb")]:
             if ".ipynb_checkpoints" in path.parts: continue
             (target / path.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
             self.copy_file(str(path), str(target / path.relative_to(root)))

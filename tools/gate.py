@@ -2,7 +2,8 @@
 """The gate: everything that must hold before a change is accepted, tried in a fresh copy of what is committed.
 
     tools/gate.py                        all checks, in a temporary folder and a new virtual environment
-    tools/gate.py --only sync,readme     some of them: tests main notebooks sync readme package requirements
+    tools/gate.py --only sync,readme     some of them: tests main notebooks sync readme package requirements browser
+    tools/gate.py --also shipped         all of them, and one that takes as long as the tests once more
     tools/gate.py --keep FOLDER          work in FOLDER, leave it there, and use its environment again the next time
     tools/gate.py --python PATH          with this interpreter for `python3`
 
@@ -19,13 +20,17 @@ import json
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "vae_nb"
@@ -45,6 +50,22 @@ assert names, 'the wheel holds no module'
 for name in names: assert importlib.import_module('{PACKAGE}.' + name).__file__.startswith(sys.prefix), name
 print('imported', *names)
 """
+LAY_DOWN = f"import {PACKAGE}.widgets, sys; {PACKAGE}.widgets.copy_notebooks(sys.argv[1])"
+# Arguments: a notebook, and the flags of cells to leave out. The first cell sees to it that the kernel has the wheel, too.
+RUN_NOTEBOOK = f"""
+import re, sys, nbformat
+from nbclient import NotebookClient
+path, flags = sys.argv[1], '|'.join(sys.argv[2:])
+nb = nbformat.read(path, as_version=4)
+for cell in nb.cells:
+    if cell.cell_type == 'code' and re.match(rf'(\\s*#\\|.*\\n)*?\\s*#\\|\\s*({{flags}})\\b', cell.source): cell.metadata['tags'] = ['skip-execution']
+nb.cells.insert(0, nbformat.v4.new_code_cell('import sys, {PACKAGE}; assert {PACKAGE}.__file__.startswith(sys.prefix), {PACKAGE}.__file__'))
+NotebookClient(nb, timeout=900, kernel_name='python3', resources={{'metadata': {{'path': path.rpartition('/')[0]}}}}).execute()
+"""
+# Nobody listens there: what asks another machine fails at once.
+NO_NETWORK = {name: "http://127.0.0.1:9" for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")} | {"NO_PROXY": "127.0.0.1,localhost"}
+BROWSER_NOTEBOOK = "nbs/library/37_browser.ipynb"
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
 class Failed(Exception):
@@ -76,6 +97,24 @@ class Gate:
         done = subprocess.run(words, cwd=cwd or self.clone, env=self.env, stdin=subprocess.DEVNULL, text=True, errors="replace",
                               stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT if quiet else None)
         if done.returncode: raise Failed(f"exit code {done.returncode} from {shown}" + (f"\n{done.stdout}" if quiet else ""))
+
+    def run_within(self, seconds: float, *command: str | Path, **environment: str) -> None:
+        """Run a command in the clone; raises Failed where it doesn't end with 0, or in time. Then all that it started is ended."""
+        words = [str(word) for word in command]
+        print("$ " + shlex.join(words))
+        job = subprocess.Popen(words, cwd=self.clone, env={**self.env, **environment}, stdin=subprocess.DEVNULL, start_new_session=True)
+        try: code = job.wait(seconds)
+        except BaseException as error:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+            if not isinstance(error, subprocess.TimeoutExpired): raise
+            raise Failed(f"it took more than {seconds:.0f} s: {shlex.join(words)}") from None
+        if code: raise Failed(f"exit code {code} from {shlex.join(words)}")
+
+    def install(self, *what: str) -> None:
+        """Install into the environment that README's commands made, or make it."""
+        if not (self.clone / ".venv").exists(): self.run("python3", "-m", "venv", ".venv")
+        self.run(".venv/bin/pip", "install", "--quiet", *what)
 
     def tool(self, name: str) -> Path:
         """A command of the environment that README's commands made."""
@@ -196,8 +235,9 @@ def readme(gate: Gate) -> None:
     gate.must_be_unchanged("tools/readme.py")
 
 
-def package(gate: Gate) -> None:
-    """The wheel, built from the source archive, works in another environment and outside the checkout."""
+@contextmanager
+def installed_wheel(gate: Gate) -> Iterator[tuple[Path, Path]]:
+    """A folder outside the checkout, and in it an environment with the wheel, which is built from the source archive."""
     with tempfile.TemporaryDirectory(dir=gate.folder) as folder:
         outside = Path(folder)
         # A copy: an egg-info folder from the editable install lists files that a stranger's build would not find.
@@ -205,6 +245,7 @@ def package(gate: Gate) -> None:
         gate.run(gate.tool("python"), "-m", "build", "--outdir", outside, outside / "source", quiet=True)
         (wheel,) = outside.glob("*.whl")
         if f"{PACKAGE}/py.typed" not in zipfile.ZipFile(wheel).namelist(): raise Failed(f"{wheel.name} has no {PACKAGE}/py.typed")
+        shutil.rmtree(outside / "source")
 
         other = outside / "other"
         gate.run(gate.tool("python"), "-m", "venv", other)
@@ -214,15 +255,70 @@ def package(gate: Gate) -> None:
         (borrowed,) = (gate.clone / ".venv").glob("lib/python*/site-packages")
         (own,) = other.glob("lib/python*/site-packages")
         (own / "borrowed.pth").write_text(f"{borrowed}\n")
+        for part in ("share", "etc"):  # JupyterLab, Voila and their extensions look for their files there
+            if not (other / part).exists(): (other / part).symlink_to(gate.clone / ".venv" / part)
+        yield outside, other
+
+
+def run_shipped(gate: Gate, outside: Path, other: Path, chosen: Callable[[Path], bool]) -> tuple[int, int]:
+    """Lay the wheel's notebooks down and run the chosen ones top to bottom, without a network, two at a time; how many pass and fail."""
+    python, laid = other / "bin" / "python", outside / "laid"
+    gate.run(python, "-c", LAY_DOWN, laid, cwd=outside)
+    paths = sorted(path for path in laid.rglob("*.ipynb") if chosen(path))
+    if not paths: raise Failed("the wheel lays down no such notebooks")
+    environment = {**gate.env, **NO_NETWORK, "OMP_NUM_THREADS": "1", "VAE_NB_CACHE": str(outside / "no-data")}
+    flags = settings(gate)["tst_flags"].split()
+
+    def run(path: Path) -> str:
+        began = time.monotonic()
+        done = subprocess.run([python, "-c", RUN_NOTEBOOK, path, *flags], cwd=outside, env=environment, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        name = path.relative_to(laid)
+        print(f"{name}: {time.monotonic() - began:.0f} s" if not done.returncode else f"FAILED {name}\n{done.stdout[-3000:]}")
+        return name if done.returncode else ""
+
+    with ThreadPoolExecutor(2) as pool: failed = [name for name in pool.map(run, paths) if name]
+    return len(paths) - len(failed), len(failed)
+
+
+def package(gate: Gate) -> None:
+    """The wheel works in another environment and outside the checkout, and so do notebooks that it holds."""
+    with installed_wheel(gate) as (outside, other):
         for script in (IMPORT_LIGHT, IMPORT_ALL): gate.run(other / "bin" / "python", "-c", script, cwd=outside)
         gate.run(other / "bin" / PACKAGE, "--help", cwd=outside)
+        if run_shipped(gate, outside, other, lambda path: path.stem in {"index", "05_gap"}) != (2, 0): raise Failed("see above")
+
+
+def shipped(gate: Gate) -> tuple[int, int]:
+    """Every notebook that the wheel holds runs from it, without a network; each counts as one test. Not among the usual checks."""
+    gate.install("-e", ".[dev]")
+    with installed_wheel(gate) as (outside, other): return run_shipped(gate, outside, other, lambda path: True)
+
+
+def browser(gate: Gate) -> None:
+    """In Chromium: every widget in JupyterLab; `vae_nb lab` and `vae_nb explore` of the wheel; every page of the site."""
+    chromium = find_chromium(gate.env)
+    if not chromium:
+        print("no Chromium here: not run")
+        return
+    if not (gate.clone / BROWSER_NOTEBOOK).exists(): raise Failed(f"{BROWSER_NOTEBOOK} is missing")
+    gate.install("-e", ".[dev,docs]", "playwright")
+    with installed_wheel(gate) as (_, other):
+        gate.run_within(1200, gate.tool("nbdev_test"), "--flags", "browser", "--path", BROWSER_NOTEBOOK, OMP_NUM_THREADS="1",
+                        VAE_NB_COMMAND=str(other / "bin" / PACKAGE), CHROMIUM=chromium)
+
+
+def find_chromium(environment: dict[str, str]) -> str | None:
+    """The program that the variable CHROMIUM names, one on the path, or the newest that `playwright install chromium` left."""
+    found = [environment.get("CHROMIUM"), *(shutil.which(name, path=environment.get("PATH")) for name in CHROMIUM)]
+    kept = Path(environment.get("PLAYWRIGHT_BROWSERS_PATH") or Path.home() / ".cache" / "ms-playwright")
+    newest = sorted(kept.glob("chromium-*/chrome-linux*/chrome"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return next(filter(None, [*found, *map(str, newest)]), None)
 
 
 def requirements(gate: Gate) -> None:
     """What the modules import is what settings.ini requires: what only developers have must not leak in."""
-    ini = configparser.ConfigParser(delimiters=["="])
-    ini.read(gate.clone / "settings.ini", encoding="utf-8")
-    declared = {distribution(re.split(r"[<>=!~;\[]", word)[0]) for word in ini["DEFAULT"]["requirements"].split()}
+    declared = {distribution(re.split(r"[<>=!~;\[]", word)[0]) for word in settings(gate)["requirements"].split()}
     allowed = declared | set(sys.stdlib_module_names) | {PACKAGE}
     modules = sorted((gate.clone / PACKAGE).glob("*.py"))
     strangers = [f"{path.name} imports {name}" for path in modules for name in imported(path)
@@ -230,6 +326,13 @@ def requirements(gate: Gate) -> None:
     if strangers: raise Failed("not among the requirements in settings.ini: " + ", ".join(strangers))
     if not modules: raise Failed(f"{PACKAGE}/ has no modules")
     print(f"{len(modules)} modules import only the standard library and {', '.join(sorted(declared))}")
+
+
+def settings(gate: Gate) -> configparser.SectionProxy:
+    """What the clone's settings.ini says."""
+    ini = configparser.ConfigParser(delimiters=["="])
+    ini.read(gate.clone / "settings.ini", encoding="utf-8")
+    return ini["DEFAULT"]
 
 
 def distribution(name: str) -> str:
@@ -248,8 +351,9 @@ def imported(path: Path) -> set[str]:
 
 CHECKS: dict[str, Callable[[Gate], tuple[int, int] | None]] = {
     "tests": tests, "main": main_job, "notebooks": notebooks, "sync": sync, "readme": readme, "package": package,
-    "requirements": requirements,
+    "requirements": requirements, "shipped": shipped, "browser": browser,
 }
+USUAL = [name for name in CHECKS if name != "shipped"]
 
 
 def run_check(gate: Gate, name: str) -> tuple[int, int]:
@@ -266,11 +370,12 @@ def run_check(gate: Gate, name: str) -> tuple[int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="NAME[,NAME]", default=",".join(CHECKS), help="run just these checks")
+    parser.add_argument("--only", metavar="NAME[,NAME]", default=",".join(USUAL), help="run just these checks")
+    parser.add_argument("--also", metavar="NAME", action="append", choices=CHECKS, default=[], help="and this one: shipped")
     parser.add_argument("--keep", metavar="FOLDER", type=Path, help="work in FOLDER and leave it there")
     parser.add_argument("--python", metavar="PATH", help="the interpreter to use as python3")
     options = parser.parse_args()
-    names = options.only.split(",")
+    names = options.only.split(",") + options.also
     sys.stdout.reconfigure(line_buffering=True)  # so that our lines and the commands' stay in order in a log
     if unknown := set(names) - set(CHECKS): parser.error(f"unknown checks {', '.join(unknown)}; there are {', '.join(CHECKS)}")
 

@@ -190,7 +190,7 @@ def copy_notebooks(folder: str | Path) -> tuple[list[Path], list[Path]]:
     those that were there with another content, which are left as they are. Raises OSError where it cannot be written."""
     package, folder = Path(inspect.getfile(Data)).parent, Path(folder)
     base = package / "notebooks" if (package / "notebooks").is_dir() else package.parent           # a checkout has them beside it
-    files = [p for part, ending in (("nbs", "ipynb"), ("results", "json")) for p in sorted((base / part).rglob(f"*.{ending}"))]
+    files = [p for part, ending in (("nbs", "ipynb"), ("results", "json*")) for p in sorted((base / part).rglob(f"*.{ending}"))]
     written, kept = [], []
     for source in [p for p in files if ".ipynb_checkpoints" not in p.parts] + [base / "README.md"]:
         path = folder / source.relative_to(base)
