@@ -221,8 +221,10 @@ def api_page(module: str, things: list[Thing], titles: dict[str, str], home: str
 
 
 def escaped(text: str) -> str:
+    """A docstring as HTML in Markdown; what stands between backticks is code."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return text.replace("\n\n", "\n&nbsp;\n").replace("`", "&#96;").replace("*", "&#42;").replace("_", "&#95;").replace("$", "&#36;")
+    text = text.replace("\n\n", "\n&nbsp;\n").replace("*", "&#42;").replace("_", "&#95;").replace("$", "&#36;")
+    return re.sub("`([^`]+)`", r"<code>\1</code>", text).replace("`", "&#96;")
 
 
 def toctree(caption: str, pages: list[str]) -> str:

@@ -108,10 +108,11 @@ def explore_latents(model: VAE, x: Tensor, labels: Tensor | None = None, conditi
     order = means.var(0, unbiased=False).argsort(descending=True).tolist()
     dims, z = widest(model, x, condition), torch.zeros(means.shape[1])
     sliders = {i: _slider(latent_name(i), 0.0, -4.0, 4.0, whole=False, step=0.05) for i in [*dims, *(j for j in order if j not in dims)][:10]}
-    picture, whose = W.Image(format="png", layout={"width": "240px", "height": "auto"}), [] if condition is None else [_slider("condition of image", 0, 0, len(x) - 1)]
+    picture, whose = W.HTML(), [] if condition is None else [_slider("condition of image", 0, 0, len(x) - 1)]
     def draw(change: Any = None) -> None:
         for i, slider in sliders.items(): z[i] = slider.value
-        picture.value = decoded_png(model, z, _one(condition, whose[0].value if whose else 0))
+        drawn = base64.b64encode(decoded_png(model, z, _one(condition, whose[0].value if whose else 0))).decode()
+        picture.value = f'<img alt="the mean image there" width="240" src="data:image/png;base64,{drawn}">'
     for slider in (*sliders.values(), *whose): slider.continuous_update, _ = True, slider.observe(draw, "value")
     draw()
     controls = W.VBox([picture, *sliders.values(), *whose], layout={"align_items": "flex-start"})
@@ -147,10 +148,13 @@ def plot_walk(model: VAE, x: Tensor, a: int = 0, b: int | None = None, extent: f
 
 def explore_walks(model: VAE, x: Tensor, condition: Tensor | None = None) -> W.VBox:
     "Traversals of the latents at an image of x (n, *shape), and interpolations between two: `plot_walk`."
+    b, extent = _slider("image b", 1 % len(x), 0, len(x) - 1, disabled=True), _slider("extent", 3.0, 0.5, 6.0, whole=False)
+    way = W.ToggleButtons(options=["along each latent", "to image b"], description="walk")
     def draw(way: str, a: int, b: int, extent: float) -> Figure:
         return plot_walk(model, x, a, b if way == "to image b" else None, extent, condition)
-    return live_view(draw, way=W.Dropdown(options=["along each latent", "to image b"], description="walk"), a=_slider("image a", 0, 0, len(x) - 1),
-                b=_slider("image b", 1 % len(x), 0, len(x) - 1), extent=_slider("extent", 3.0, 0.5, 6.0, whole=False))
+    def choose(change: Any) -> None: b.disabled, extent.disabled = way.index == 0, way.index == 1      # what would do nothing
+    way.observe(choose, "index")
+    return live_view(draw, way=way, a=_slider("image a", 0, 0, len(x) - 1), b=b, extent=extent)
 
 # %% ../nbs/library/31_widgets.ipynb #3529a7a8
 def explore_weights(model: VAE, x: Tensor, condition: Tensor | None = None) -> W.VBox:
