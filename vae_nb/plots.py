@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['plot_history', 'plot_monitor', 'live_plot', 'as_pictures', 'ink_of', 'plot_reconstructions', 'plot_samples',
-           'latent_name', 'widest', 'plot_latent_map', 'plot_prior_predictive', 'plot_costs', 'plot_weights', 'film',
-           'run_figures']
+           'latent_name', 'by_spread', 'widest', 'plot_latent_map', 'plot_prior_predictive', 'plot_costs',
+           'plot_weights', 'film', 'run_figures']
 
 # %% ../nbs/library/30_plots.ipynb #2197ff46
 import io
@@ -99,10 +99,14 @@ def latent_name(dim: int) -> str:
     "z₁ for 0, z₂ for 1, …"
     return "z" + "".join("₀₁₂₃₄₅₆₇₈₉"[int(c)] for c in str(dim + 1))
 
+def by_spread(model: VAE, x: Tensor, condition: Tensor | None = None, n: int = 10) -> list[int]:
+    "The (at most) n latent dimensions whose posterior means vary most over x, the most first."
+    means = model.encode(x, condition)
+    return means.var(0, unbiased=False).topk(min(n, means.shape[1])).indices.tolist()
+
 def widest(model: VAE, x: Tensor, condition: Tensor | None = None) -> list[int]:
     "The (at most) two latent dimensions whose posterior means vary most over x, in their own order."
-    means = model.encode(x, condition)
-    return sorted(means.var(0, unbiased=False).topk(min(2, means.shape[1])).indices.tolist())
+    return sorted(by_spread(model, x, condition, 2))
 
 def plot_latent_map(model: VAE, x: Tensor, labels: Tensor | None = None,
                     title: str = "Posterior means of held-out images", condition: Tensor | None = None) -> Figure:

@@ -7,7 +7,7 @@ __all__ = ['figure_html', 'live_view', 'player', 'Cursor', 'decoded_png', 'explo
            'plot_walk', 'explore_walks', 'explore_weights', 'explore_training', 'explore', 'explore_run',
            'copy_notebooks']
 
-# %% ../nbs/library/31_widgets.ipynb #710ce182
+# %% ../nbs/library/31_widgets.ipynb #9a1fcbda
 import base64
 import html
 import inspect
@@ -28,8 +28,8 @@ from .checkpoint import load_run
 from .data import Data
 from .figures import alt_text, image_grid
 from .model import VAE
-from .plots import (as_pictures, ink_of, latent_name, plot_costs, plot_latent_map, plot_monitor, plot_weights,
-                          widest)
+from .plots import (as_pictures, by_spread, ink_of, latent_name, plot_costs, plot_latent_map, plot_monitor,
+                          plot_weights)
 
 # %% ../nbs/library/31_widgets.ipynb #4d3b93bb
 def figure_html(fig: Figure) -> str:
@@ -91,7 +91,7 @@ class Cursor(anywidget.AnyWidget):
     .vae-at { position: absolute; width: 14px; height: 14px; margin: 0 0 -8px -8px; border: 2px solid #000; border-radius: 50%;
     background: #fff8; pointer-events: none; } .vae-held { background: #D55E00; }"""
 
-# %% ../nbs/library/31_widgets.ipynb #7954f0a1
+# %% ../nbs/library/31_widgets.ipynb #a8404cb9
 def decoded_png(model: VAE, z: Tensor, condition: Tensor | None = None, pixels: int = 240) -> bytes:
     "The mean image of p(x|z) for one z (d_z,), as a PNG about so many pixels high."
     x = as_pictures(model.decode(z[None], condition))[0]
@@ -100,16 +100,17 @@ def decoded_png(model: VAE, z: Tensor, condition: Tensor | None = None, pixels: 
     image.resize((x.shape[1] * side, x.shape[0] * side), Image.Resampling.NEAREST).save(buffer := io.BytesIO(), "png")
     return buffer.getvalue()
 
+# %% ../nbs/library/31_widgets.ipynb #beee147a
 def _one(condition: Tensor | None, i: int) -> Tensor | None: return None if condition is None else condition[i:i + 1]
 
 def explore_latents(model: VAE, x: Tensor, labels: Tensor | None = None, condition: Tensor | None = None) -> W.HBox:
     "The latent map of images x (n, *shape) with a cursor, sliders for up to 10 latents, and the decoded image."
-    means = model.encode(x, condition).cpu()
-    order = means.var(0, unbiased=False).argsort(descending=True).tolist()
-    dims, z = widest(model, x, condition), torch.zeros(means.shape[1])
-    sliders = {i: _slider(latent_name(i), 0.0, -4.0, 4.0, whole=False, step=0.05) for i in [*dims, *(j for j in order if j not in dims)][:10]}
+    order, z, busy = by_spread(model, x, condition), torch.zeros(model.encode(x[:1], _one(condition, 0)).shape[1]), False
+    dims = sorted(order[:2])
+    sliders = {i: _slider(latent_name(i), 0.0, -4.0, 4.0, whole=False, step=0.05) for i in [*dims, *order[2:]]}
     picture, whose = W.HTML(), [] if condition is None else [_slider("condition of image", 0, 0, len(x) - 1)]
     def draw(change: Any = None) -> None:
+        if busy: return
         for i, slider in sliders.items(): z[i] = slider.value
         drawn = base64.b64encode(decoded_png(model, z, _one(condition, whose[0].value if whose else 0))).decode()
         picture.value = f'<img alt="the mean image there" width="240" src="data:image/png;base64,{drawn}">'
@@ -121,9 +122,19 @@ def explore_latents(model: VAE, x: Tensor, labels: Tensor | None = None, conditi
     fig.axes[0].set(xlim=(-4, 4), ylim=(-4, 4))
     fig.canvas.draw()                                    # the layout is settled: where the axes lie can be read
     cursor = Cursor(picture=figure_html(fig), box=[*fig.axes[0].get_position().bounds], extent=[-4.0, 4.0, -4.0, 4.0])
-    def follow(change: Any) -> None:
+    def follow(change: Any) -> None:                     # one picture for one move, and no answer to the cursor
+        nonlocal busy
+        if busy: return
+        busy = True
         for i, value in zip(dims, cursor.at): sliders[i].value = value
-    def lead(change: Any) -> None: cursor.at = [sliders[i].value for i in dims]
+        busy = False
+        draw()
+    def lead(change: Any) -> None:
+        nonlocal busy
+        if busy: return
+        busy = True
+        cursor.at = [sliders[i].value for i in dims]
+        busy = False
     cursor.observe(follow, "at")
     for i in dims: sliders[i].observe(lead, "value")
     return W.HBox([cursor, controls], layout={"flex_flow": "row wrap"})
@@ -134,13 +145,13 @@ def explore_reconstructions(model: VAE, x: Tensor, condition: Tensor | None = No
     def draw(image: int) -> Figure: return plot_costs(model, x[image:image + 1], condition=_one(condition, image))
     return live_view(draw, image=_slider("image", 0, 0, len(x) - 1))
 
-# %% ../nbs/library/31_widgets.ipynb #5bd6abe2
+# %% ../nbs/library/31_widgets.ipynb #287bc819
 def plot_walk(model: VAE, x: Tensor, a: int = 0, b: int | None = None, extent: float = 3.0, condition: Tensor | None = None) -> Figure:
     """From image a of x (n, *shape): for b=None a row for each of the (at most 10) latents whose means vary most, moved over
     [-extent, extent]; else 11 mean images on the straight way between the means of images a and b."""
     start, given = x[a:a + 1], _one(condition, a)
     if b is None:
-        dims = model.encode(x, condition).var(0, unbiased=False).argsort(descending=True)[:10].tolist()
+        dims = by_spread(model, x, condition)
         rows, names = model.traverse(start, dims, 11, extent, given).flatten(0, 2), [latent_name(i) for i in dims]
         title = f"image {a}, each latent moved from −{extent:g} to {extent:g}"
     else: rows, names, title = model.interpolate(start, x[b:b + 1], 11, given).flatten(0, 1), ["mean"], f"from image {a} to image {b}"
