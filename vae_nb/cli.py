@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'DEFAULTS', 'REPORT_K', 'DataName', 'DataDir', 'Binarize', 'Conditional', 'LatentDim', 'Hidden', 'Network',
            'Likelihood', 'Posterior', 'Prior', 'ObjectiveName', 'Samples', 'Beta', 'Warmup', 'Epochs', 'BatchSize',
-           'Rate', 'Average', 'Patience', 'Precision', 'Resume', 'Device', 'Seed', 'Published', 'OutFolder', 'Run',
-           'Split', 'Moved', 'NoiseSeed', 'Port', 'Browser', 'train', 'recipes', 'evaluate_run', 'sample', 'encode',
-           'lab', 'explore', 'main']
+           'Rate', 'Average', 'Patience', 'Precision', 'Resume', 'Device', 'Seed', 'Published', 'Start', 'OutFolder',
+           'Run', 'Split', 'Moved', 'NoiseSeed', 'Port', 'Browser', 'train', 'recipes', 'evaluate_run', 'sample',
+           'encode', 'lab', 'explore', 'main']
 
 # %% ../nbs/library/33_cli.ipynb #1fd1f29f
 import importlib
@@ -71,6 +71,11 @@ def _default(name: str) -> str:
 
 def _text(help: str) -> Any: return typer.Option(help=help)
 
+def _run_folder(text: str) -> Path:
+    "A folder; or, where there is none of that name, a trained model that comes along."
+    try: return Path(text) if Path(text).exists() else pretrained(text)
+    except ValueError: return Path(text)
+
 # %% ../nbs/library/33_cli.ipynb #842fa7e1
 REPORT_K = 128       # samples for each image in the report that ends a training run
 
@@ -84,7 +89,7 @@ def _report(folder: Path, trainer: Trainer, progress: bool) -> None:
     _save_figures(folder, run_figures(model, history, data.test, data.test_labels, asked))
     if found: write_json(folder / "result.json", found)
     write_json(folder / "report.json", report.to_dict())                     # the last: where it is, the run is finished
-    best = max(history, key=lambda r: r["valid_weighted"])
+    best = max(history, key=lambda r: r["valid_bound"])
     name = shlex.quote(str(folder))
     stopped = f", stopped by Ctrl-C after {len(history)} of {trainer.config.epochs} epochs" if trainer.interrupted else ""
     typer.echo(f"\n{report}\n\nweights of epoch {best['epoch']}, the best on validation{stopped}; "
@@ -126,6 +131,8 @@ Device = Annotated[str, _text("auto, cpu, cuda, cuda:0, … or mps.")]
 Seed = Annotated[int, _number("Of the initial weights, the order of images and all noise.")]
 Published = Annotated[Optional[str], _text("A published experiment: see vae_nb recipes. It says all else, but for --data-dir, --device, "
                                            "--precision, --seed and --out.")]
+Start = Annotated[Optional[Path], typer.Option(help="Begin with the weights of this run, of the same make, instead of random ones.",
+                                               parser=_run_folder, metavar="RUN")]
 OutFolder = Annotated[Optional[Path], _text("Run folder, new or empty. Default: runs/DATA-1, runs/DATA-2, …")]
 
 # %% ../nbs/library/33_cli.ipynb #2938bc71
@@ -136,7 +143,7 @@ def train(context: typer.Context, data: DataName = "digits", data_dir: DataDir =
           k: Samples = TrainConfig.k, beta: Beta = TrainConfig.beta, kl_warmup: Warmup = KLWeight.warmup,
           epochs: Epochs = None, batch_size: BatchSize = None, lr: Rate = TrainConfig.lr, ema: Average = TrainConfig.ema,
           patience: Patience = TrainConfig.patience, precision: Precision = TrainConfig.precision,
-          device: Device = TrainConfig.device, seed: Seed = TrainConfig.seed, out: OutFolder = None, recipe: Published = None, resume: Resume = None) -> None:
+          device: Device = TrainConfig.device, seed: Seed = TrainConfig.seed, start: Start = None, out: OutFolder = None, recipe: Published = None, resume: Resume = None) -> None:
     """Train a VAE, report held-out log p(x), and leave a run folder.
 
     Without options: scikit-learn's digits, two latents, under a minute on a CPU. Ctrl-C stops early and keeps what was learned.
@@ -145,13 +152,13 @@ def train(context: typer.Context, data: DataName = "digits", data_dir: DataDir =
     """
     restarted = out is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (out / "config.json").exists()
     if resume or restarted: return _resume(resume or out, context)
-    if recipe: return _follow(recipe, context, data_dir, {"device": device, "precision": precision, "seed": seed}, out)
+    if recipe: return _follow(recipe, context, data_dir, {"device": device, "precision": precision, "seed": seed, "start": start}, out)
     with _asked_for():
         if rank() == 0: refuse_taken(out)
         given = {"latent_dim": latent_dim, "hidden": hidden, "epochs": epochs, "batch_size": batch_size}
         chosen = DEFAULTS.get(data, DEFAULTS["other"]) | {name: value for name, value in given.items() if value is not None}
         config = TrainConfig(chosen["epochs"], chosen["batch_size"], lr, objective, k, KLWeight(beta, kl_warmup), ema=ema,
-                             patience=patience, precision=precision, device=device, seed=seed)
+                             patience=patience, precision=precision, device=device, seed=seed, start=start)
         widths = _widths(chosen["hidden"]) if hidden is not None or network == "mlp" else None
         whole_number("latent_dim", chosen["latent_dim"])
         if likelihood is not None: known("likelihood", likelihood, LIKELIHOODS)
@@ -178,6 +185,9 @@ def _follow(name: str, context: typer.Context, data_dir: Path | None, own: dict[
         if rank() == 0: refuse_taken(out)
         if others := _given(context, "recipe", "data_dir", "out", *own):
             raise ValueError(f"the recipe {name} says its own --{others[0].replace('_', '-')}: leave it out, or leave --recipe out")
+        if (recipe_of(read_config(own["start"])) if own["start"] else None) != recipe.start:
+            raise ValueError(f"the recipe {name} begins with the weights of a run of the recipe {recipe.start}: train that one first, then "
+                             "give its folder, --start RUN" if recipe.start else f"the recipe {name} begins with random weights: leave --start out")
         config, images = replace(recipe.train, **own), recipe.load(data_dir)
         torch.manual_seed(config.seed)
         trainer = Trainer(recipe.build(images), images, config)
@@ -246,11 +256,6 @@ def _take_back(folder: Path, made: bool) -> None:
     if made: folder.rmdir()
 
 # %% ../nbs/library/33_cli.ipynb #2f4e7c39
-def _run_folder(text: str) -> Path:
-    "A folder; or, where there is none of that name, a trained model that comes along."
-    try: return Path(text) if Path(text).exists() else pretrained(text)
-    except ValueError: return Path(text)
-
 def _beside(run: Path) -> Path:
     "Where new files about a run go: into it; for a model that comes along, to where one is."
     return Path() if run.parent == pretrained().parent else run

@@ -27,7 +27,7 @@ from .model import VAE
 def plot_history(history: Sequence[dict[str, float]], ax: Axes | None = None) -> Figure:
     "Training and validation ELBO by epoch; the epoch that was kept is marked."
     epochs = [record["epoch"] for record in history]
-    best = max(history, key=lambda record: record["valid_weighted"])
+    best = max(history, key=lambda record: record["valid_bound"])
     fig = curves(epochs, {"training": [r["train_elbo"] for r in history],
                           "validation": [r["valid_elbo"] for r in history]},
                  "epoch", "ELBO (nats per image)",

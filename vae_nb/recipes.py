@@ -36,6 +36,7 @@ class Recipe:
     published: float | None = None
     goal: float | None = None
     gaps: int = 0                    # training images whose inference gaps are part of the result
+    start: str | None = None         # the recipe from whose weights it goes on
 
     def load(self, root: str | Path | None = None) -> Data:
         "The data; root: the folder with torchvision's files. Raises as `load_data` does."
@@ -52,9 +53,9 @@ def _altosaar(row: str, published: float, goal: float, train: TrainConfig, **flo
              "posterior_options": {**flow, "std": "softplus"}}
     return Recipe(row, "J. Altosaar, variational-autoencoder (code)", STATIC, model, train, 128, published, goal)
 
-def _burda(row: str, published: float, goal: float, train: TrainConfig) -> Recipe:
-    model = {"latent_dim": 50, "hidden": (200, 200), "activation": "tanh"}
-    return Recipe(row, "Burda, Grosse, Salakhutdinov, Importance weighted autoencoders, 2015", DYNAMIC, model, train, 5000, published, goal)
+def _burda(row: str, published: float, goal: float, train: TrainConfig, start: str | None = None) -> Recipe:
+    model, source = {"latent_dim": 50, "hidden": (200, 200), "activation": "tanh"}, "Burda, Grosse, Salakhutdinov, Importance weighted autoencoders, 2015"
+    return Recipe(row, source, DYNAMIC, model, train, 5000, published, goal, start=start)
 
 # %% ../nbs/library/32_recipes.ipynb #b659f00f
 _DECAYED = OptimizerConfig("adamw", weight_decay=0.02)
@@ -66,7 +67,7 @@ RECIPES: dict[str, Recipe] = {
     "altosaar-flow": _altosaar("R2", -95.33, -91.0, TrainConfig(200, 128, 2e-3, beta=KLWeight(warmup=40), optimizer=_DECAYED), **_FLOW),
     "altosaar-flow-published": _altosaar("R2-published", -95.33, -91.0, TrainConfig(383, 128, 1e-3, optimizer=_PUBLISHED), **_FLOW),
     "burda-vae": _burda("R3", -86.76, -86.35, TrainConfig(1000, 200, 2e-3, "stl", beta=KLWeight(warmup=100))),
-    "burda-iwae": _burda("R4", -84.78, -84.59, TrainConfig(100, 200, 2e-3, "dreg", 50)),
+    "burda-iwae": _burda("R4", -84.78, -84.59, TrainConfig(60, 200, 1e-3, "dreg", 50), "burda-vae"),
     "tomczak-vamp": Recipe(
         "R5", "Tomczak, Welling, VAE with a VampPrior, 2018", STATIC,
         {"latent_dim": 40, "hidden": (300, 300), "network": "gated", "prior": "vamp", "prior_options": {"pseudo_inputs": 500}},
@@ -84,12 +85,12 @@ _PLAIN = {"data": {"binarize": None, "seed": 0, "conditional": False, "n_valid":
 
 def recipe_of(config: dict[str, Any]) -> str | None:
     "The recipe that a run with this config.json follows, with whatever seed and on whatever device; None for no recipe."
-    free = {"seed", "device", "precision"}
+    free = {"seed", "device", "precision", "start"}
     for name, r in RECIPES.items():
         digits = r.data["source"] == "digits"
         asked = {"train": {n: v for n, v in asdict(r.train).items() if n not in free}, "data": _PLAIN["data"] | r.data,
                  "model": _PLAIN["model"] | r.model | {"likelihood": "binomial" if digits else "bernoulli"}}
-        if all(v == (config[part] or {}).get(n) for part, names in json.loads(json.dumps(asked)).items()
+        if bool(r.start) == bool(config["train"].get("start")) and all(v == (config[part] or {}).get(n) for part, names in json.loads(json.dumps(asked)).items()
                for n, v in names.items()): return name
     return None
 
@@ -113,9 +114,10 @@ def result(name: str, trainer: Trainer, progress: bool = False) -> dict[str, Any
         report = evaluate(trainer.model, trainer.data.split(split), k, c.seed, progress=progress).to_dict()
         found[split, k] = {what: report[what] for what in ("log_px", "log_px_se", "elbo", "elbo_se", "k", "n")}
         if k == 5000 and split == "test": bounds, units = report["bound_by_k"], report["active_units"]
-    best = max(trainer.history, key=lambda record: record["valid_weighted"])
+    best = max(trainer.history, key=lambda record: record["valid_bound"])
     return {"row": r.row, "recipe": name, "source": r.source, "published": r.published, "goal": r.goal,
-            "command": f"vae_nb train --recipe {name} --seed {c.seed}" + " --data-dir DIR" * (name != "digits"),
+            "command": f"vae_nb train --recipe {name} --seed {c.seed}" + " --data-dir DIR" * (name != "digits") + " --start RUN" * bool(r.start),
+            **({"start": r.start} if r.start else {}),
             **provenance(next(trainer.model.parameters()).device), "objective": c.objective, "train_k": c.k, "batch_size": c.batch_size,
             "steps": len(trainer.history) * -(-n // c.batch_size), "epochs": len(trainer.history), "best_epoch": best["epoch"],
             "train_images": n, "seed": c.seed, "seconds": trainer.history[-1]["seconds"],

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
-from .checkpoint import (TrainingState, describe, newest_state, read_config, rebuild, refuse_taken, run_data, save_state,
+from .checkpoint import (TrainingState, describe, load, newest_state, read_config, rebuild, refuse_taken, run_data, save_state,
                                write_atomically, write_json)
 from .checks import known, whole_number
 from .data import Data, Minibatches
@@ -80,6 +80,7 @@ class TrainConfig:
     precision: str = "auto"          # of the networks: see 19_devices
     device: str = "auto"             # auto: cuda, else mps, else cpu
     seed: int = 0                    # of the order of images and of all noise
+    start: str | None = None         # folder of a trained model of the same make, whose weights it begins with
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)
@@ -92,7 +93,7 @@ class TrainConfig:
         for name, value, low, top in (("lr", self.lr, 1e-300, math.inf), ("ema", self.ema, 0, 1)):
             if not (isinstance(value, (int, float)) and low <= value < top):
                 raise ValueError(f"{name} is a number from {low:g} to below {top:g}: got {value!r}")
-        put("seed", checked_seed(self.seed))
+        put("seed", checked_seed(self.seed)), put("start", None if self.start is None else str(self.start))
         objective(self.objective, self.beta.beta, self.beta.free_bits, self.beta.warmup)
         if self.beta.warmup * self.beta.cycles > self.epochs:
             raise ValueError(f"{self.beta.cycles} x {self.beta.warmup} epochs of warm-up do not fit into {self.epochs} epochs")
@@ -207,10 +208,11 @@ class Trainer:
 
     model: any `LatentModel` that is an nn.Module. run: a folder, new or empty, for config.json, metrics.jsonl and
     checkpoints, from which `Trainer.resume(run).fit()` goes on. Raises ValueError if the model's likelihood does not cover
-    the data. After `fit`: `history` has a record for each epoch, `interrupted` says whether Ctrl-C ended it.
+    the data, or config.start is of another make. After `fit`: `history` has a record for each epoch, `interrupted` says whether Ctrl-C ended it.
     """
     def __init__(self, model: nn.Module, data: Data, config: TrainConfig = TrainConfig(), run: str | Path | None = None) -> None:
         _check(model, data)
+        if config.start: load(config.start, model)
         self.model, self.data, self.config, self.run = model, data, config, None if run is None else Path(run)
         self.history, self.interrupted, self.found = [], False, None
         if os.environ.get("RANK", "0") == "0": refuse_taken(self.run)
@@ -220,14 +222,14 @@ class Trainer:
         """The trainer of a run that was cut off; model and data are given where they were one's own. Raises ValueError or
         FileNotFoundError for a folder that does not say, and where data or checkpoints are gone, damaged or of another run."""
         model, data, c, found = _reopened(Path(run), model, data)
-        trainer = cls(model, data, c)
-        trainer.run, trainer.found = Path(run), found
+        trainer = cls(model, data, replace(c, start=None) if found else c)       # what it started from may be gone
+        trainer.config, trainer.run, trainer.found = c, Path(run), found
         return trainer
 
     def fit(self, progress: bool = True, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
         """Train for config.epochs from the weights at hand, or go on where the run was; returns `history`: epoch,
-        train_elbo, valid_elbo, valid_rate, valid_weighted (the rate weighted by beta), kl_by_latent (where it has a closed
-        form), seconds; nats. on_epoch is called with each record. Ctrl-C ends it early and in order; a bound that is not
+        train_elbo, valid_elbo, valid_rate, valid_bound (by which the best weights are chosen), kl_by_latent (where it has a
+        closed form), seconds; nats. on_epoch is called with each record. Ctrl-C ends it early and in order; a bound that is not
         finite raises FloatingPointError, a file that cannot be written OSError."""
         c, device = self.config, pick_device(self.config.device)
         precision, pixels = pick_precision(c.precision, device), math.prod(self.data.shape)      # where convolutions use their weights
@@ -346,8 +348,8 @@ def run_epoch(training: _Training, bar: tqdm, stop: threading.Event) -> dict[str
     if place["batch"] < n: training.keep()                   # before the validation: from here it can go on
     record, weights = _validated(training)
     bar.set_postfix_str(f"ELBO {record['train_elbo']:.2f} train, {record['valid_elbo']:.2f} valid (nats)")
-    if place["best"] is None or record["valid_weighted"] > place["best"]:
-        s.best, place["best"], place["stale"] = weights, record["valid_weighted"], 0
+    if place["best"] is None or record["valid_bound"] > place["best"]:
+        s.best, place["best"], place["stale"] = weights, record["valid_bound"], 0
     elif record["epoch"] > c.settled: place["stale"] += 1
     if training.run and rank() == 0:
         with open(training.run / "metrics.jsonl", "a", encoding="utf-8") as file: file.write(json.dumps(record) + "\n")
@@ -360,12 +362,12 @@ def run_epoch(training: _Training, bar: tqdm, stop: threading.Event) -> dict[str
 
 def _validated(training: _Training) -> tuple[dict[str, Any], dict[str, Tensor]]:
     "The record of an epoch, and the weights that it is about."
-    c, s, (x, asked) = training.c, training.state, training.valid
+    c, s, (x, asked), weighted = training.c, training.state, training.valid, training.loss.objective.weighted
     train = sum(all_of(s.total.item())) / min(s.place["batch"] * c.batch_size, len(training.batches.tensors[0]))
     with s.averaged():
-        found, weights = per_image(s.model, x, 1, c.seed, asked), s.weights()
+        found, weights = per_image(s.model, x, 1 if weighted else c.k, c.seed, asked), s.weights()
         kls = kl_by_latent(s.model, x[:1000], None if asked is None else asked[:1000])
     valid, rate = found.elbo.mean().item(), found.rate.mean().item()
     if not math.isfinite(train + valid): raise not_finite(training)
     return {"epoch": s.place["epoch"], "train_elbo": train, "valid_elbo": valid, "valid_rate": rate,
-            "valid_weighted": valid - (c.beta.beta - 1) * rate, "kl_by_latent": kls, "seconds": training.seconds()}, weights
+            "valid_bound": valid - (c.beta.beta - 1) * rate if weighted else found.log_px.mean().item(), "kl_by_latent": kls, "seconds": training.seconds()}, weights
