@@ -145,11 +145,11 @@ def make_folder(out: Path | None, name: str) -> tuple[Path, bool]:
         except FileExistsError: continue
         return folder, True
 
-def describe(model: nn.Module, data: Data, train: dict[str, Any]) -> dict[str, Any]:
-    "The config.json of a run: what is trained, on which data, and how."
+def describe(model: nn.Module, data: Data, train: dict[str, Any], start: str | None = None) -> dict[str, Any]:
+    "The config.json of a run: what is trained, on which data, how, and from whose weights on (None: random ones)."
     dims = None if data.train_labels is None else data.train_labels.ndim
     return {"format": FORMAT, "model": getattr(model, "config", None), "data": data.source, "fingerprint": fingerprint(data),
-            "label_dims": dims, "train": train, "weights": "averaged, best on validation" if train.get("ema") else "best on validation"}
+            "label_dims": dims, "train": train, "start": start, "weights": "averaged, best on validation" if train.get("ema") else "best on validation"}
 
 def run_data(run: str | Path, moved: str | Path | None = None) -> Data:
     """The data of a run of `vae_nb train`: from where they were, or from `moved`, their folder or file. Raises ValueError

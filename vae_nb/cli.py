@@ -152,13 +152,13 @@ def train(context: typer.Context, data: DataName = "digits", data_dir: DataDir =
     """
     restarted = out is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (out / "config.json").exists()
     if resume or restarted: return _resume(resume or out, context)
-    if recipe: return _follow(recipe, context, data_dir, {"device": device, "precision": precision, "seed": seed, "start": start}, out)
+    if recipe: return _follow(recipe, context, data_dir, {"device": device, "precision": precision, "seed": seed}, out, start)
     with _asked_for():
         if rank() == 0: refuse_taken(out)
         given = {"latent_dim": latent_dim, "hidden": hidden, "epochs": epochs, "batch_size": batch_size}
         chosen = DEFAULTS.get(data, DEFAULTS["other"]) | {name: value for name, value in given.items() if value is not None}
         config = TrainConfig(chosen["epochs"], chosen["batch_size"], lr, objective, k, KLWeight(beta, kl_warmup), ema=ema,
-                             patience=patience, precision=precision, device=device, seed=seed, start=start)
+                             patience=patience, precision=precision, device=device, seed=seed)
         widths = _widths(chosen["hidden"]) if hidden is not None or network == "mlp" else None
         whole_number("latent_dim", chosen["latent_dim"])
         if likelihood is not None: known("likelihood", likelihood, LIKELIHOODS)
@@ -166,7 +166,7 @@ def train(context: typer.Context, data: DataName = "digits", data_dir: DataDir =
         torch.manual_seed(seed)
         model = build_vae(**_spec(images, likelihood), latent_dim=chosen["latent_dim"], hidden=widths, network=network,
                           posterior=posterior, prior=prior)
-        trainer = Trainer(model, images, config)
+        trainer = Trainer(model, images, config, start=start)
     _run_new(trainer, out, images.name)
 
 # %% ../nbs/library/33_cli.ipynb #7e4c2467
@@ -178,19 +178,19 @@ def _given(context: typer.Context, *fine: str) -> list[str]:
     "The options that were given beside the fine ones."
     return [name for name in context.params if context.get_parameter_source(name).name != "DEFAULT" and name not in fine]
 
-def _follow(name: str, context: typer.Context, data_dir: Path | None, own: dict[str, Any], out: Path | None) -> None:
+def _follow(name: str, context: typer.Context, data_dir: Path | None, own: dict[str, Any], out: Path | None, start: Path | None) -> None:
     "Train the recipe of that name."
     with _asked_for():
         recipe = known("recipe", name, RECIPES)
         if rank() == 0: refuse_taken(out)
-        if others := _given(context, "recipe", "data_dir", "out", *own):
+        if others := _given(context, "recipe", "data_dir", "out", "start", *own):
             raise ValueError(f"the recipe {name} says its own --{others[0].replace('_', '-')}: leave it out, or leave --recipe out")
-        if (recipe_of(read_config(own["start"])) if own["start"] else None) != recipe.start:
+        if bool(start) != bool(recipe.start) or start and recipe_of(read_config(start)) != recipe.start:
             raise ValueError(f"the recipe {name} begins with the weights of a run of the recipe {recipe.start}: train that one first, then "
                              "give its folder, --start RUN" if recipe.start else f"the recipe {name} begins with random weights: leave --start out")
         config, images = replace(recipe.train, **own), recipe.load(data_dir)
         torch.manual_seed(config.seed)
-        trainer = Trainer(recipe.build(images), images, config)
+        trainer = Trainer(recipe.build(images), images, config, start=start)
     _run_new(trainer, out, name)
 
 def _resume(run: Path, context: typer.Context) -> None:
@@ -209,7 +209,7 @@ def recipes() -> None:
     typer.echo("test log p(x), nats per image, published with k samples: train with  vae_nb train --recipe NAME --data-dir DIR\n")
     for name, r in RECIPES.items():
         figure = "" if r.published is None else f"{r.published:8.2f}  k = {r.k}"
-        typer.echo(f"  {name:30} {r.row:13} {r.data['source']:6} {r.data.get('binarize', ''):8} {figure:20} {r.source}")
+        typer.echo(f"  {name:30} {r.row:13} {r.data['source']:6} {r.data.get('binarize', ''):8} {figure:20} {r.source}" + f"; begins with a run of {r.start}" * bool(r.start))
 
 # %% ../nbs/library/33_cli.ipynb #6c7c4d99
 def _widths(hidden: str) -> tuple[int, ...]:

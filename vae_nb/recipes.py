@@ -54,8 +54,9 @@ def _altosaar(row: str, published: float, goal: float, train: TrainConfig, **flo
     return Recipe(row, "J. Altosaar, variational-autoencoder (code)", STATIC, model, train, 128, published, goal)
 
 def _burda(row: str, published: float, goal: float, train: TrainConfig, start: str | None = None) -> Recipe:
-    model, source = {"latent_dim": 50, "hidden": (200, 200), "activation": "tanh"}, "Burda, Grosse, Salakhutdinov, Importance weighted autoencoders, 2015"
-    return Recipe(row, source, DYNAMIC, model, train, 5000, published, goal, start=start)
+    model = {"latent_dim": 50, "hidden": (200, 200), "activation": "tanh"}
+    return Recipe(row, "Burda, Grosse, Salakhutdinov, Importance weighted autoencoders, 2015", DYNAMIC, model, train, 5000, published, goal,
+                  start=start)
 
 # %% ../nbs/library/32_recipes.ipynb #b659f00f
 _DECAYED = OptimizerConfig("adamw", weight_decay=0.02)
@@ -85,13 +86,13 @@ _PLAIN = {"data": {"binarize": None, "seed": 0, "conditional": False, "n_valid":
 
 def recipe_of(config: dict[str, Any]) -> str | None:
     "The recipe that a run with this config.json follows, with whatever seed and on whatever device; None for no recipe."
-    free = {"seed", "device", "precision", "start"}
+    free = {"seed", "device", "precision"}
     for name, r in RECIPES.items():
         digits = r.data["source"] == "digits"
         asked = {"train": {n: v for n, v in asdict(r.train).items() if n not in free}, "data": _PLAIN["data"] | r.data,
                  "model": _PLAIN["model"] | r.model | {"likelihood": "binomial" if digits else "bernoulli"}}
-        if bool(r.start) == bool(config["train"].get("start")) and all(v == (config[part] or {}).get(n) for part, names in json.loads(json.dumps(asked)).items()
-               for n, v in names.items()): return name
+        follows = all(v == (config[part] or {}).get(n) for part, names in json.loads(json.dumps(asked)).items() for n, v in names.items())
+        if follows and bool(r.start) == bool(config.get("start")): return name
     return None
 
 # %% ../nbs/library/32_recipes.ipynb #514b8de2
@@ -117,8 +118,7 @@ def result(name: str, trainer: Trainer, progress: bool = False) -> dict[str, Any
     best = max(trainer.history, key=lambda record: record["valid_bound"])
     return {"row": r.row, "recipe": name, "source": r.source, "published": r.published, "goal": r.goal,
             "command": f"vae_nb train --recipe {name} --seed {c.seed}" + " --data-dir DIR" * (name != "digits") + " --start RUN" * bool(r.start),
-            **({"start": r.start} if r.start else {}),
-            **provenance(next(trainer.model.parameters()).device), "objective": c.objective, "train_k": c.k, "batch_size": c.batch_size,
+            "start": r.start, **provenance(next(trainer.model.parameters()).device), "objective": c.objective, "train_k": c.k, "batch_size": c.batch_size,
             "steps": len(trainer.history) * -(-n // c.batch_size), "epochs": len(trainer.history), "best_epoch": best["epoch"],
             "train_images": n, "seed": c.seed, "seconds": trainer.history[-1]["seconds"],
             "active_units": units,

@@ -64,7 +64,7 @@ class OptimizerConfig:
         if device.type == "cuda": options["capturable"], lr = True, torch.tensor(lr, device=device)
         return OPTIMIZERS[self.name](parameters, lr=lr, **options)
 
-# %% ../nbs/library/29_trainer.ipynb #c21d9a62
+# %% ../nbs/library/29_trainer.ipynb #4f0c52ed
 @dataclass(frozen=True)
 class TrainConfig:
     "How to train. Raises ValueError for values that are not allowed."
@@ -80,7 +80,6 @@ class TrainConfig:
     precision: str = "auto"          # of the networks: see 19_devices
     device: str = "auto"             # auto: cuda, else mps, else cpu
     seed: int = 0                    # of the order of images and of all noise
-    start: str | None = None         # folder of a trained model of the same make, whose weights it begins with
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)
@@ -93,7 +92,7 @@ class TrainConfig:
         for name, value, low, top in (("lr", self.lr, 1e-300, math.inf), ("ema", self.ema, 0, 1)):
             if not (isinstance(value, (int, float)) and low <= value < top):
                 raise ValueError(f"{name} is a number from {low:g} to below {top:g}: got {value!r}")
-        put("seed", checked_seed(self.seed)), put("start", None if self.start is None else str(self.start))
+        put("seed", checked_seed(self.seed))
         objective(self.objective, self.beta.beta, self.beta.free_bits, self.beta.warmup)
         if self.beta.warmup * self.beta.cycles > self.epochs:
             raise ValueError(f"{self.beta.cycles} x {self.beta.warmup} epochs of warm-up do not fit into {self.epochs} epochs")
@@ -202,29 +201,28 @@ def _warn_of_collapse(record: dict[str, Any], epochs_settled: float) -> None:
                       f"{record['valid_rate']:.4f} in all), the decoder does without them. Try a warm-up of the rate's weight, "
                       "free bits, a smaller beta (beta=KLWeight(...)), a smaller decoder, or more epochs", stacklevel=2)
 
-# %% ../nbs/library/29_trainer.ipynb #b08d0832
+# %% ../nbs/library/29_trainer.ipynb #621270a7
 class Trainer:
     """Fits `model` to data.train, keeps the weights that are best on data.valid.
 
     model: any `LatentModel` that is an nn.Module. run: a folder, new or empty, for config.json, metrics.jsonl and
-    checkpoints, from which `Trainer.resume(run).fit()` goes on. Raises ValueError if the model's likelihood does not cover
-    the data, or config.start is of another make. After `fit`: `history` has a record for each epoch, `interrupted` says whether Ctrl-C ended it.
+    checkpoints, from which `Trainer.resume(run).fit()` goes on. start: the folder of a trained model of the same make, to
+    begin with its weights. Raises ValueError if the model's likelihood does not cover the data or start is of another make.
+    After `fit`: `history` has a record for each epoch, `interrupted` says whether Ctrl-C ended it.
     """
-    def __init__(self, model: nn.Module, data: Data, config: TrainConfig = TrainConfig(), run: str | Path | None = None) -> None:
+    def __init__(self, model: nn.Module, data: Data, config: TrainConfig = TrainConfig(), run: str | Path | None = None,
+                 start: str | Path | None = None) -> None:
         _check(model, data)
-        if config.start: load(config.start, model)
+        if start: load(start, model)
         self.model, self.data, self.config, self.run = model, data, config, None if run is None else Path(run)
-        self.history, self.interrupted, self.found = [], False, None
+        self.start, self.history, self.interrupted, self.found = None if start is None else str(start), [], False, None
         if os.environ.get("RANK", "0") == "0": refuse_taken(self.run)
 
     @classmethod
     def resume(cls, run: str | Path, model: nn.Module | None = None, data: Data | None = None) -> "Trainer":
         """The trainer of a run that was cut off; model and data are given where they were one's own. Raises ValueError or
         FileNotFoundError for a folder that does not say, and where data or checkpoints are gone, damaged or of another run."""
-        model, data, c, found = _reopened(Path(run), model, data)
-        trainer = cls(model, data, replace(c, start=None) if found else c)       # what it started from may be gone
-        trainer.config, trainer.run, trainer.found = c, Path(run), found
-        return trainer
+        return _reopened(cls, Path(run), model, data)
 
     def fit(self, progress: bool = True, on_epoch: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
         """Train for config.epochs from the weights at hand, or go on where the run was; returns `history`: epoch,
@@ -249,22 +247,24 @@ class Trainer:
                 self.model.eval()
         return self.history
 
-# %% ../nbs/library/29_trainer.ipynb #484974ce
-def _reopened(run: Path, model: nn.Module | None, data: Data | None) -> tuple[nn.Module, Data, TrainConfig, Any]:
-    "Model, data, config and newest state of a run: see `Trainer.resume`."
+# %% ../nbs/library/29_trainer.ipynb #7daf1687
+def _reopened(kind: type[Trainer], run: Path, model: nn.Module | None, data: Data | None) -> Trainer:
+    "See `Trainer.resume`."
     config, data = read_config(run), run_data(run) if data is None else data
     try: c = TrainConfig(**config["train"])
     except (KeyError, TypeError) as e: raise ValueError(f"config.json in {str(run)!r} is not of a training: {e}") from e
     if model is None and config["model"] is None: raise ValueError(f"{str(run)!r} trains one's own modules: give model=")
     torch.manual_seed(c.seed)                                # cut off before its first checkpoint, it starts as it did
     if model is None: model = rebuild(run, config["model"], **{name: data.spec[name] for name in ("mean", "examples")})
-    if wrong := [name for name, value in describe(model, data, asdict(c)).items() if config.get(name) != value]:
+    if wrong := [name for name, value in describe(model, data, asdict(c), config.get("start")).items() if config.get(name) != value]:
         raise ValueError(f"this is not what {str(run)!r} trains: its {wrong[0]} is {config.get(wrong[0])}")
     found = newest_state(run, config)
     if found: model.to(next(t.dtype for name, t in found[0].items() if name.startswith("model.") and t.is_floating_point()))
-    return model, data, c, found
+    trainer = kind(model, data, c, start=None if found else config.get("start"))           # what it began with may be gone
+    trainer.run, trainer.found, trainer.start = run, found, config.get("start")
+    return trainer
 
-# %% ../nbs/library/29_trainer.ipynb #19a19b22
+# %% ../nbs/library/29_trainer.ipynb #befdb741
 class _Training:
     "A `fit` under way."
     def __init__(self, trainer: Trainer, device: torch.device, precision: str) -> None:
@@ -272,7 +272,7 @@ class _Training:
         self.c, self.run, self.start = c, trainer.run, time.perf_counter()
         self.batches = Minibatches(data, c.batch_size, c.seed, device)
         self.state = TrainingState(trainer.model, lambda parameters: c.optimizer.make(parameters, c.lr, device), c.ema > 0, device)
-        self.about, found = describe(trainer.model, data, asdict(c)) if self.run else {}, trainer.found
+        self.about, found = describe(trainer.model, data, asdict(c), trainer.start) if self.run else {}, trainer.found
         if self.run and (self.run / "checkpoint").exists(): found = found or newest_state(self.run, self.about)
         if found: self.state.load(*found)
         self.before, trainer.history = self.state.place["seconds"], [*self.state.place["history"]]
@@ -335,7 +335,7 @@ def not_finite(training: _Training) -> FloatingPointError:
     return FloatingPointError(f"the bound is not finite: {where}. The model holds the best weights before that; try a smaller lr "
                               f"than {training.c.lr:g}, optimizer=OptimizerConfig(clip=1.0), or data of a smaller scale")
 
-# %% ../nbs/library/29_trainer.ipynb #22f1727d
+# %% ../nbs/library/29_trainer.ipynb #884e2ded
 def run_epoch(training: _Training, bar: tqdm, stop: threading.Event) -> dict[str, Any]:
     "From the place at hand to the end of its epoch, or until `stop` is set; returns the record of what was found."
     c, s, place, n = training.c, training.state, training.state.place, training.batches.count
@@ -347,7 +347,8 @@ def run_epoch(training: _Training, bar: tqdm, stop: threading.Event) -> dict[str
         if time.perf_counter() > training.due: training.keep()
     if place["batch"] < n: training.keep()                   # before the validation: from here it can go on
     record, weights = _validated(training)
-    bar.set_postfix_str(f"ELBO {record['train_elbo']:.2f} train, {record['valid_elbo']:.2f} valid (nats)")
+    many = f", with {c.k} samples {record['valid_bound']:.2f}" * (not training.loss.objective.weighted)
+    bar.set_postfix_str(f"ELBO {record['train_elbo']:.2f} train, {record['valid_elbo']:.2f} valid{many} (nats)")
     if place["best"] is None or record["valid_bound"] > place["best"]:
         s.best, place["best"], place["stale"] = weights, record["valid_bound"], 0
     elif record["epoch"] > c.settled: place["stale"] += 1
@@ -368,6 +369,7 @@ def _validated(training: _Training) -> tuple[dict[str, Any], dict[str, Tensor]]:
         found, weights = per_image(s.model, x, 1 if weighted else c.k, c.seed, asked), s.weights()
         kls = kl_by_latent(s.model, x[:1000], None if asked is None else asked[:1000])
     valid, rate = found.elbo.mean().item(), found.rate.mean().item()
+    bound = valid - (c.beta.beta - 1) * rate if weighted else found.log_px.mean().item()
     if not math.isfinite(train + valid): raise not_finite(training)
-    return {"epoch": s.place["epoch"], "train_elbo": train, "valid_elbo": valid, "valid_rate": rate,
-            "valid_bound": valid - (c.beta.beta - 1) * rate if weighted else found.log_px.mean().item(), "kl_by_latent": kls, "seconds": training.seconds()}, weights
+    return {"epoch": s.place["epoch"], "train_elbo": train, "valid_elbo": valid, "valid_rate": rate, "valid_bound": bound,
+            "kl_by_latent": kls, "seconds": training.seconds()}, weights
