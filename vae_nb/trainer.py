@@ -64,7 +64,7 @@ class OptimizerConfig:
         if device.type == "cuda": options["capturable"], lr = True, torch.tensor(lr, device=device)
         return OPTIMIZERS[self.name](parameters, lr=lr, **options)
 
-# %% ../nbs/library/29_trainer.ipynb #4f0c52ed
+# %% ../nbs/library/29_trainer.ipynb #c21d9a62
 @dataclass(frozen=True)
 class TrainConfig:
     "How to train. Raises ValueError for values that are not allowed."
@@ -201,7 +201,7 @@ def _warn_of_collapse(record: dict[str, Any], epochs_settled: float) -> None:
                       f"{record['valid_rate']:.4f} in all), the decoder does without them. Try a warm-up of the rate's weight, "
                       "free bits, a smaller beta (beta=KLWeight(...)), a smaller decoder, or more epochs", stacklevel=2)
 
-# %% ../nbs/library/29_trainer.ipynb #621270a7
+# %% ../nbs/library/29_trainer.ipynb #b08d0832
 class Trainer:
     """Fits `model` to data.train, keeps the weights that are best on data.valid.
 
@@ -247,7 +247,7 @@ class Trainer:
                 self.model.eval()
         return self.history
 
-# %% ../nbs/library/29_trainer.ipynb #7daf1687
+# %% ../nbs/library/29_trainer.ipynb #484974ce
 def _reopened(kind: type[Trainer], run: Path, model: nn.Module | None, data: Data | None) -> Trainer:
     "See `Trainer.resume`."
     config, data = read_config(run), run_data(run) if data is None else data
@@ -264,7 +264,7 @@ def _reopened(kind: type[Trainer], run: Path, model: nn.Module | None, data: Dat
     trainer.run, trainer.found, trainer.start = run, found, config.get("start")
     return trainer
 
-# %% ../nbs/library/29_trainer.ipynb #befdb741
+# %% ../nbs/library/29_trainer.ipynb #19a19b22
 class _Training:
     "A `fit` under way."
     def __init__(self, trainer: Trainer, device: torch.device, precision: str) -> None:
@@ -335,7 +335,7 @@ def not_finite(training: _Training) -> FloatingPointError:
     return FloatingPointError(f"the bound is not finite: {where}. The model holds the best weights before that; try a smaller lr "
                               f"than {training.c.lr:g}, optimizer=OptimizerConfig(clip=1.0), or data of a smaller scale")
 
-# %% ../nbs/library/29_trainer.ipynb #884e2ded
+# %% ../nbs/library/29_trainer.ipynb #22f1727d
 def run_epoch(training: _Training, bar: tqdm, stop: threading.Event) -> dict[str, Any]:
     "From the place at hand to the end of its epoch, or until `stop` is set; returns the record of what was found."
     c, s, place, n = training.c, training.state, training.state.place, training.batches.count
