@@ -12,12 +12,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-import torch
-from torch import Tensor, nn
+from parts import ROOT, of
+from torch import nn
 from vae_nb.all import RECIPES, OptimizerConfig, Trainer, load, load_data, per_image, provenance, read_config, write_json
 from vae_nb.checkpoint import newest_state
 
-ROOT = Path(__file__).resolve().parent.parent
 PLAIN = replace(RECIPES["burda-iwae"].train, epochs=2)
 TRIES: dict[str, Any] = {
     "as the recipe: 200 images a step, lr 0.001": PLAIN,
@@ -28,11 +27,6 @@ TRIES: dict[str, Any] = {
     "constant lr, averaged weights": replace(PLAIN, ema=0.998, optimizer=OptimizerConfig(schedule="constant")),
     "the gradient of iwae, not dreg": replace(PLAIN, objective="iwae"),
 }
-
-
-def of(values: Tensor) -> dict[str, float]:
-    """Mean over images and its standard error."""
-    return {"mean": values.mean().item(), "se": (values.std() / len(values) ** 0.5).item()}
 
 
 def best_so_far(run: Path, model: nn.Module) -> int:
@@ -58,9 +52,8 @@ def main() -> None:
     before = worth()
     found = {"the start: k = 1, 1,000 epochs": {"valid": of(before)}}
     for name, config in TRIES.items():
-        trainer = Trainer(load(asked.start), data, config)
+        trainer = Trainer(model, data, config, start=asked.start)
         trainer.fit(progress=False)
-        model = trainer.model
         found[name] = {"valid": of(worth()), "gain": of(worth() - before), "seconds": trainer.history[-1]["seconds"]}
         print(name, found[name], flush=True)
     if asked.scratch:

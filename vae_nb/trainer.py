@@ -213,10 +213,10 @@ class Trainer:
     def __init__(self, model: nn.Module, data: Data, config: TrainConfig = TrainConfig(), run: str | Path | None = None,
                  start: str | Path | None = None) -> None:
         _check(model, data)
-        if start: load(start, model)
         self.model, self.data, self.config, self.run = model, data, config, None if run is None else Path(run)
         self.start, self.history, self.interrupted, self.found = None if start is None else str(start), [], False, None
         if os.environ.get("RANK", "0") == "0": refuse_taken(self.run)
+        if start: load(start, model)
 
     @classmethod
     def resume(cls, run: str | Path, model: nn.Module | None = None, data: Data | None = None) -> "Trainer":
