@@ -2,7 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 root = Path(__file__).parent
@@ -46,8 +46,8 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    packages=[package],
-    package_data={package: ["py.typed", "pretrained/*/*"]},
+    packages=find_packages(include=[package, f"{package}.*"]),
+    package_data={package: ["py.typed", "*.pyi", "pretrained/*/*", "explore/*.js", "explore/*.css"]},
     cmdclass={"build_py": BuildWithNotebooks},
     zip_safe=False,
     python_requires=f">={cfg['min_python']}",
