@@ -1,4 +1,5 @@
 """Build the package; all its metadata comes from settings.ini."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -13,12 +14,19 @@ cfg = ini["DEFAULT"]
 
 class BuildWithNotebooks(build_py):
     """A built package holds the notebooks, and what they read, for `vae_nb lab`; an editable one has them beside it."""
+
     def run(self) -> None:
         super().run()
-        if self.editable_mode: return
+        if self.editable_mode:
+            return
         target = Path(self.build_lib) / cfg["lib_path"] / "notebooks"
-        for path in [root / "README.md", *root.glob("results/*.json*"), *(root / cfg["nbs_path"]).rglob("*.ipynb")]:
-            if ".ipynb_checkpoints" in path.parts: continue
+        for path in [
+            root / "README.md",
+            *root.glob("results/*.json*"),
+            *(root / cfg["nbs_path"]).rglob("*.ipynb"),
+        ]:
+            if ".ipynb_checkpoints" in path.parts:
+                continue
             (target / path.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
             self.copy_file(str(path), str(target / path.relative_to(root)))
 
@@ -47,7 +55,9 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=[package, f"{package}.*"]),
-    package_data={package: ["py.typed", "*.pyi", "pretrained/*/*", "explore/*.js", "explore/*.css"]},
+    package_data={
+        package: ["py.typed", "*.pyi", "pretrained/*/*", "explore/*.js", "explore/*.css"]
+    },
     cmdclass={"build_py": BuildWithNotebooks},
     zip_safe=False,
     python_requires=f">={cfg['min_python']}",

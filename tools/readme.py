@@ -1,7 +1,9 @@
-"""Write README.md, and the pictures in it to index_files/, from nbs/index.ipynb and its stored outputs.
+#!/usr/bin/env python3
+"""Write README.md, and its pictures to index_files/, from nbs/index.ipynb and its stored outputs.
 
-Nothing is run: the same notebook always gives the same files. nbdev's own command for this needs quarto.
+Nothing is run: the same notebook always gives the same files. nbdev's own command needs quarto.
 """
+
 from __future__ import annotations
 
 import os
@@ -21,21 +23,25 @@ from traitlets.config import Config
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = "index_files"
 HEADER = "<!-- Generated from nbs/index.ipynb by tools/readme.py: do not edit -->\n\n"
-# A Markdown link's target, with what may follow it; an address (https:), an anchor (#) or an absolute path is left alone.
+# A Markdown link's target, with what may follow it; left alone are an address (https:), an anchor
+# (#) and an absolute path.
 LINK = re.compile(r"(\]\()(?!\w+:|#|/)([^)#\s]+)")
-# nbconvert's own calls each picture "png".
+# nbconvert's own template calls each picture "png".
 PICTURE = """{% extends "markdown/index.md.j2" %}
 {% block data_png %}
-![{{ output | get_metadata("alt", "image/png") | alt }}]({{ output.metadata.filenames["image/png"] | path2url }})
+![{{ output | get_metadata("alt", "image/png") | alt }}]({{
+  output.metadata.filenames["image/png"] | path2url }})
 {% endblock data_png %}"""
 # What nbdev's directives ask for, in the tags that nbconvert knows.
 TAGS = {"echo:": "remove_input", "output:": "remove_output"}
 
 
 def tag(cell: NbCell) -> None:
-    """Processor: note `#| echo: false` and `#| output: false` as tags, and drop the lines themselves, which nbdev leaves."""
-    if cell.cell_type != "code": return
-    cell.metadata = {"tags": [tag for name, tag in TAGS.items() if cell.directives_.get(name) == ["false"]]}
+    """Note `#| echo: false` and `#| output: false` as tags; drop the lines, which nbdev leaves."""
+    if cell.cell_type != "code":
+        return
+    tags = [tag for name, tag in TAGS.items() if cell.directives_.get(name) == ["false"]]
+    cell.metadata = {"tags": tags}
     cell.source = re.sub(r"\A(\s*#\s*\|.*\n?)+", "", cell.source)
 
 
@@ -50,22 +56,27 @@ def visible(path: Path) -> nbformat.NotebookNode:
 
 
 def relink(markdown: str, folder: str) -> str:
-    """Turn links that are relative to `folder` into links that are relative to the folder above."""
-    return LINK.sub(lambda m: m[1] + posixpath.normpath(posixpath.join(folder, m[2])), markdown)
+    """Make links that are relative to `folder` relative to the folder above."""
+
+    def moved(match: re.Match[str]) -> str:
+        return match[1] + posixpath.normpath(posixpath.join(folder, match[2]))
+
+    return LINK.sub(moved, markdown)
 
 
 def plain(alt: str | None) -> str:
-    """Words for the place where Markdown has a picture's alt text, with nothing in them that Markdown reads as a mark."""
+    """An alt text with nothing in it that Markdown reads as a mark."""
     return re.sub(r"([\\`*_\[\]<$|])", r"\\\1", alt or "")
 
 
 def exporter() -> MarkdownExporter:
-    """nbconvert's, which obeys the tags above, names pictures by their place in the notebook and gives them their alt text."""
+    """nbconvert's exporter: it obeys the tags, names pictures by place, gives them alt texts."""
     config = Config()
     config.TagRemovePreprocessor.enabled = True
     config.TagRemovePreprocessor.remove_input_tags = {TAGS["echo:"]}
     config.TagRemovePreprocessor.remove_all_outputs_tags = {TAGS["output:"]}
-    config.ExtractOutputPreprocessor.output_filename_template = IMAGES + "/cell_{cell_index}_{index}{extension}"
+    template = IMAGES + "/cell_{cell_index}_{index}{extension}"
+    config.ExtractOutputPreprocessor.output_filename_template = template
     return MarkdownExporter(config=config, raw_template=PICTURE, filters={"alt": plain})
 
 
@@ -74,7 +85,8 @@ def main() -> None:
     nbs = get_config().nbs_path
     nb = visible(nbs / "index.ipynb")
     for cell in nb.cells:
-        if cell.cell_type == "markdown": cell.source = relink(cell.source, nbs.name)
+        if cell.cell_type == "markdown":
+            cell.source = relink(cell.source, nbs.name)
 
     text, resources = exporter().from_notebook_node(nb)
     text = re.sub(r"(?m)^[ \t]+$", "", text)  # nbconvert indents the empty lines around pictures
@@ -87,4 +99,5 @@ def main() -> None:
         (ROOT / name).write_bytes(data)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

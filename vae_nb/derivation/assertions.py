@@ -7,110 +7,178 @@ __all__ = ['check_eq', 'check_error', 'check_ge', 'check_mc', 'set_seed']
 
 # %% ../../nbs/derivation/00_assertions.ipynb #43f31446
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # %% ../../nbs/derivation/00_assertions.ipynb #3173ebfa
-def _sides(a: Any, b: Any) -> tuple[Tensor, Tensor]:
-    "Both sides as tensors of one shape; only one of them may have been expanded."
-    a, b = (torch.as_tensor(s, dtype=torch.float64) for s in (a, b))
+def _two_sides(a: Any, b: Any) -> tuple[Tensor, Tensor]:
+    """Broadcast the two sides of a claim to one shape; only one of them may grow.
+
+    Args:
+        a: the left side, a number or anything array-like.
+        b: the right side, likewise.
+
+    Returns:
+        Both in float64, of one shape.
+
+    Raises:
+        AssertionError: the shapes do not fit, or an entry is not finite.
+    """
+    left = torch.as_tensor(a, dtype=torch.float64)
+    right = torch.as_tensor(b, dtype=torch.float64)
+    shape: torch.Size | None
     try:
-        shape = torch.broadcast_shapes(a.shape, b.shape)
+        shape = torch.broadcast_shapes(left.shape, right.shape)
     except RuntimeError:
         shape = None
-    if shape not in (a.shape, b.shape):
+    if shape is None or shape not in (left.shape, right.shape):
         raise AssertionError(
-            f"shapes {tuple(a.shape)} and {tuple(b.shape)} are not two sides of one equation: "
-            "index them first"
+            f"shapes {tuple(left.shape)} and {tuple(right.shape)} are not two sides of one "
+            "equation: index them first"
         )
-    a, b = a.broadcast_to(shape), b.broadcast_to(shape)
-    for side, t in (("left", a), ("right", b)):
-        if not torch.isfinite(t).all():
-            raise AssertionError(f"the {side} side has entries that are not finite: {t.tolist()}")
-    return a, b
+    for name, side in (("left", left), ("right", right)):
+        if not torch.isfinite(side).all():
+            raise AssertionError(
+                f"the {name} side has entries that are not finite: {side.tolist()}"
+            )
+    return left.broadcast_to(shape), right.broadcast_to(shape)
 
 # %% ../../nbs/derivation/00_assertions.ipynb #09a35fc9
-def _worst(a: Tensor, b: Tensor, excess: Tensor, says: str) -> str:
-    "The sentence of a red cell: where the claim fails most, and by how much."
-    i = int(excess.argmax())
-    at = f" (entry {i} of {a.numel()})" if a.numel() > 1 else ""
-    l, r = a.flatten()[i].item(), b.flatten()[i].item()
-    return f"{says}: left {l:.12g}, right {r:.12g}, difference {l - r:.3g}{at}"
+def _failure_message(left: Tensor, right: Tensor, excess: Tensor, claim: str) -> str:
+    """Describe where a claim fails most, and by how much.
+
+    Args:
+        left: the left side.
+        right: the right side, of the same shape.
+        excess: how far each entry is off, of the same shape.
+        claim: what does not hold.
+
+    Returns:
+        The sentence of a red cell.
+    """
+    worst = int(excess.argmax())
+    left_value = left.flatten()[worst].item()
+    right_value = right.flatten()[worst].item()
+    message = (
+        f"{claim}: left {left_value:.12g}, right {right_value:.12g}, "
+        f"difference {left_value - right_value:.3g}"
+    )
+    if left.numel() > 1:
+        message += f" (entry {worst} of {left.numel()})"
+    return message
+
+
+def _print_success(claim: str, n_values: int) -> None:
+    """Print what a green cell has found, with the number of values where there are several."""
+    print(f"✓ {claim} ({n_values} values)" if n_values > 1 else f"✓ {claim}")
 
 # %% ../../nbs/derivation/00_assertions.ipynb #99bc8afa
 def check_eq(a: Any, b: Any, rtol: float = 1e-10) -> None:
     """State that a equals b, entry by entry, up to rounding.
 
-    The difference may be rtol times the largest entry of the smaller side (or rtol itself where one side is zero
-    throughout). Raises AssertionError with the entry that fails most; also for shapes that do not match and for
-    entries that are not finite.
+    Args:
+        a: the left side.
+        b: the right side; one of the two may be smaller and is broadcast.
+        rtol: allowed difference, relative to the largest entry of the smaller side (absolute where
+            one side is zero throughout).
+
+    Raises:
+        AssertionError: the claim is false, with the entry that fails most; the shapes do not fit;
+            an entry is not finite.
     """
-    a, b = _sides(a, b)
-    scale = min(a.abs().max().item(), b.abs().max().item()) or 1.0
-    off = (a - b).abs()
-    if (off > rtol * scale).any():
-        raise AssertionError(_worst(a, b, off, f"not equal to a relative {rtol:g}"))
-    print(f"✓ equal to a relative {rtol:g}" + (f" ({a.numel()} values)" if a.numel() > 1 else ""))
+    left, right = _two_sides(a, b)
+    scale = min(left.abs().max().item(), right.abs().max().item()) or 1.0
+    difference = (left - right).abs()
+    if (difference > rtol * scale).any():
+        claim = f"not equal to a relative {rtol:g}"
+        raise AssertionError(_failure_message(left, right, difference, claim))
+    _print_success(f"equal to a relative {rtol:g}", left.numel())
 
 # %% ../../nbs/derivation/00_assertions.ipynb #2c801e4c
 @contextmanager
-def check_error(
-    kind: type[BaseException],  # the exception that must be raised
-    words: str = "",  # what its message must contain
-) -> Iterator[None]:
-    """State that the body raises `kind` with `words` in its message; prints the message, raises AssertionError
-    otherwise.
+def check_error(kind: type[BaseException], words: str = "") -> Iterator[None]:
+    """State that the body raises an error with certain words in its message, which is printed.
+
+    Args:
+        kind: the exception that must be raised.
+        words: what its message must contain.
+
+    Raises:
+        AssertionError: nothing was raised, or the words are not in the message.
     """
     try:
         yield
-    except kind as e:
-        if words not in str(e):
-            raise AssertionError(f"expected the words {words!r} in: {e}") from e
-        print(f"✓ {type(e).__name__}: {e}")
+    except kind as error:
+        if words not in str(error):
+            raise AssertionError(f"expected the words {words!r} in: {error}") from error
+        print(f"✓ {type(error).__name__}: {error}")
     else:
         raise AssertionError(f"expected {kind.__name__}, but nothing was raised")
 
 # %% ../../nbs/derivation/00_assertions.ipynb #c7223e3a
 def check_ge(a: Any, b: Any) -> None:
-    "State that a is at least b, entry by entry (a relative 1e-12 is forgiven for rounding). Raises AssertionError."
-    a, b = _sides(a, b)
-    slack = 1e-12 * torch.stack([a, b]).abs().max().item()
-    if (b - a > slack).any():
-        raise AssertionError(_worst(a, b, b - a, "not greater or equal"))
-    print("✓ greater or equal" + (f" ({a.numel()} values)" if a.numel() > 1 else ""))
+    """State that a is at least b, entry by entry; a relative 1e-12 is forgiven for rounding.
+
+    Args:
+        a: the left side.
+        b: the right side; one of the two may be smaller and is broadcast.
+
+    Raises:
+        AssertionError: the claim is false, with the entry that fails most; the shapes do not fit;
+            an entry is not finite.
+    """
+    left, right = _two_sides(a, b)
+    rounding = 1e-12 * torch.stack([left, right]).abs().max().item()
+    excess = right - left
+    if (excess > rounding).any():
+        raise AssertionError(_failure_message(left, right, excess, "not greater or equal"))
+    _print_success("greater or equal", left.numel())
 
 # %% ../../nbs/derivation/00_assertions.ipynb #9f4d71cf
-def check_mc(
-    samples: Tensor,  # (k, ...) independent samples along dimension 0
-    exact,  # (...) what their mean should be
-    sigmas: float = 5.0,  # allowed distance, in standard errors
-) -> None:
-    """State that the mean of `samples` over dimension 0 is `exact`, within `sigmas` standard errors.
+def check_mc(samples: Tensor, exact: Any, sigmas: float = 5.0) -> None:
+    """State that the mean of independent samples is a given number, within standard errors.
 
-    Samples that do not vary at all must equal `exact` up to rounding. Raises AssertionError, also for fewer than 2
-    samples.
+    Samples that do not vary at all must equal it up to rounding.
+
+    Args:
+        samples: (k, ...), independent along dimension 0.
+        exact: (...), what their mean should be.
+        sigmas: allowed distance, in standard errors.
+
+    Raises:
+        AssertionError: the claim is false, with the entry that fails most; there are fewer than 2
+            samples.
     """
-    s = samples.double()
-    if s.ndim == 0 or len(s) < 2:
+    values = samples.double()
+    if values.ndim == 0 or len(values) < 2:
         raise AssertionError("a standard error needs at least 2 samples along dimension 0")
-    mean, exact = _sides(s.mean(0), exact)
-    se = s.std(0) / len(s) ** 0.5
+    mean, expected = _two_sides(values.mean(0), exact)
+    standard_error = values.std(0) / len(values) ** 0.5
+    largest = standard_error.max().item()
     rounding = 1e-6 if samples.dtype == torch.float32 else 1e-12
-    off = (mean - exact).abs() - sigmas * se - rounding * exact.abs().clamp(min=1)
-    says = f"not within {sigmas:g} standard errors (largest {se.max().item():.2g})"
-    if (off > 0).any():
-        raise AssertionError(_worst(mean, exact, off, says))
-    print(
-        f"✓ equal within {sigmas:g} standard errors of at most {se.max().item():.1g}"
-        f" ({f'{mean.numel()} values, ' if mean.numel() > 1 else ''}{len(s)} samples)"
-    )
+    allowed = sigmas * standard_error + rounding * expected.abs().clamp(min=1)
+    excess = (mean - expected).abs() - allowed
+    if (excess > 0).any():
+        claim = f"not within {sigmas:g} standard errors (largest {largest:.2g})"
+        raise AssertionError(_failure_message(mean, expected, excess, claim))
+    count = f"{len(values)} samples"
+    if mean.numel() > 1:
+        count = f"{mean.numel()} values, {count}"
+    print(f"✓ equal within {sigmas:g} standard errors of at most {largest:.1g} ({count})")
 
 # %% ../../nbs/derivation/00_assertions.ipynb #0304025f
 def set_seed(seed: int = 0) -> torch.Generator:
-    """Seed torch's random numbers with `seed` plus the environment's VAE_NB_SEED_OFFSET (default 0);
-    returns the generator.
+    """Seed torch's random numbers, shifted by the environment's VAE_NB_SEED_OFFSET (default 0).
+
+    Args:
+        seed: a whole number, to which the offset is added.
+
+    Returns:
+        Torch's global generator.
     """
-    return torch.manual_seed(seed + int(os.environ.get("VAE_NB_SEED_OFFSET", 0)))
+    offset = int(os.environ.get("VAE_NB_SEED_OFFSET", 0))
+    return torch.manual_seed(seed + offset)

@@ -12,16 +12,27 @@ from .densities import log_mean_exp
 
 # %% ../../nbs/derivation/06_importance.ipynb #eea6bf7f
 def iwae(log_w: Tensor) -> Tensor:
-    """(k, n) log importance weights → (n,) estimates of the k-sample bound on log p(x), nats
-    (Burda et al. 2015; equation 6.3).
+    """Estimate the k-sample bound on log p(x) (Burda et al. 2015; equation 6.3).
 
     k = 1 is the ELBO; a large k is the usual estimate of log p(x).
+
+    Args:
+        log_w: (k, n) log importance weights, in nats.
+
+    Returns:
+        (n,) the log of their mean over k, in nats.
     """
     return log_mean_exp(log_w, dim=0)
 
 # %% ../../nbs/derivation/06_importance.ipynb #90d28896
 def effective_sample_size(log_w: Tensor) -> Tensor:
-    """(k, n) log importance weights → (n,) between 1 (one weight holds all) and k (all weights equal)
-    (Kong 1992; equation 6.6).
+    """How many of k samples count (Kong 1992; equation 6.6).
+
+    Args:
+        log_w: (k, n) log importance weights, in nats.
+
+    Returns:
+        (n,) between 1, where one weight holds all, and k, where all weights are equal.
     """
-    return 1 / log_w.softmax(0).square().sum(0)
+    normalised_weights = log_w.softmax(0)
+    return 1 / normalised_weights.square().sum(0)

@@ -6,19 +6,20 @@
 __all__ = ['AnnealedBounds', 'annealed_bounds']
 
 # %% ../../nbs/evaluation/37_annealed_bounds.ipynb #320dd09b
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..base.arguments import as_int
+from ..base.devices import device_and_dtype
 from ..derivation.annealing import ais, reverse_ais_bound
+from ..derivation.evidence import LatentModel
 from ..derivation.importance import iwae
 from vae_nb.evaluation.estimates import (
     MAX_NUMBERS_PER_PASS,
-    _elements_per_sample,
-    device_and_dtype,
+    elements_per_sample,
     evaluation_mode,
     iter_batches,
     validate_inputs,
@@ -26,14 +27,20 @@ from vae_nb.evaluation.estimates import (
 
 # %% ../../nbs/evaluation/37_annealed_bounds.ipynb #fe042534
 class AnnealedBounds(NamedTuple):
-    "Bounds on log p(x), nats, float64 on the CPU; their means over images bound the mean of log p(x)."
+    """Bounds on log p(x), in nats, float64 on the CPU; their means over examples bound the mean of log p(x).
 
-    lower: Tensor  # (n,)
-    upper: Tensor | None  # (n,) for images that the model drew
-    accept: float  # mean acceptance of the Hamiltonian steps; about 0.65 to 0.9 is healthy
+    Attributes:
+        lower: (n,) from chains that ran forwards (equation 9.3).
+        upper: (n,) from chains that ran backwards (equation 9.15), for examples that the model drew; else None.
+        accept: mean acceptance of the Hamiltonian steps of the forward chains; about 0.65 to 0.9 is healthy.
+    """
+
+    lower: Tensor
+    upper: Tensor | None
+    accept: float
 
 
-def annealed_bounds(
+def annealed_bounds(  # noqa: PLR0913 (what is bounded, how, with what noise)
     model: nn.Module,
     x: Tensor | None = None,
     n: int = 100,
@@ -43,40 +50,75 @@ def annealed_bounds(
     condition: Tensor | None = None,
     progress: bool = False,
 ) -> AnnealedBounds:
-    """AISResult bounds for images x (n, *shape); for x=None on n images that the model draws, from both sides.
+    """Bound log p(x) by annealed importance sampling, from below, or for the model's own samples from both sides.
 
-    k chains for each image in `steps` temperatures from the prior (see `annealing.ais`): each costs some 10 passes
-    through the decoder and back. condition: (n, n_condition). Raises ValueError for n, k or steps < 1.
+    Each step costs some 10 passes through the decoder and back, for each chain (see `annealing.ais`).
+
+    Args:
+        model: any `LatentModel` that is a module, with continuous latent variables.
+        x: (n, *shape) examples; None: examples that the model draws.
+        n: how many it draws, for x=None.
+        k: AIS chains for each example.
+        steps: temperatures from the prior to the posterior.
+        seed: of the chains, and of the examples that are drawn.
+        condition: (n, n_condition), for a model that has one.
+        progress: show a progress bar.
+
+    Returns:
+        The bounds, in nats.
+
+    Raises:
+        ValueError: n, k or steps < 1; x or condition does not fit the model.
     """
-    n, k, own, found = as_int("n", n), as_int("k", k), x is None, []
-    if not own:
+    n = as_int("n", n)
+    k = as_int("k", k)
+    if x is not None:
         x, condition = validate_inputs(model, x, condition)
     with evaluation_mode(model, seed):
-        given = () if condition is None else (condition.to(*device_and_dtype(model)),)
-        if own:
-            prior = model.prior(*given)
-            z = prior.sample(() if prior.batch_shape else (n,))
-            x = model.likelihood(z, *given).sample()
-        group = max(
-            1,
-            MAX_NUMBERS_PER_PASS
-            // (k * _elements_per_sample(model, x, tuple(t[:1] for t in given))),
-        )
+        condition_args: tuple[Tensor, ...] = ()
+        if condition is not None:
+            condition_args = (condition.to(*device_and_dtype(model)),)
+        z = None
+        if x is None:
+            z, x = _sample_pairs(model, n, condition_args)
+        width = elements_per_sample(model, x, [t[:1] for t in condition_args])
+        batch_size = max(1, MAX_NUMBERS_PER_PASS // (k * width))
+        bounds = []
         with tqdm(
-            total=len(x), unit="image", desc=f"{steps} steps", disable=not progress, leave=False
+            total=len(x), unit="example", desc=f"{steps} steps", disable=not progress, leave=False
         ) as bar:
-            for i, (images, *c) in enumerate(iter_batches(model, group, x, condition)):
-                options = {"k": k, "steps": steps, "condition": c[0] if c else None}
-                down = ais(model, images, **options)
-                up = ais(model, images, start=z[i * group :][:group], **options) if own else down
-                bounds = torch.stack(
-                    [
-                        iwae(down.log_w.double()),
-                        reverse_ais_bound(up.log_w.double()),
-                        down.accept.mean(0).double(),
-                    ]
-                )
-                found.append(bounds.cpu())
-                bar.update(len(images))
-    lower, upper, accept = torch.cat(found, dim=1)
-    return AnnealedBounds(lower, upper if own else None, accept.mean().item())
+            for i, (batch, *args) in enumerate(iter_batches(model, x, condition, batch_size)):
+                start = None if z is None else z[i * batch_size :][: len(batch)]
+                bounds.append(_bounds_of_batch(model, batch, k, steps, start, *args))
+                bar.update(len(batch))
+    lower, upper, accept = torch.cat(bounds, dim=1)
+    return AnnealedBounds(lower, None if z is None else upper, accept.mean().item())
+
+
+def _sample_pairs(
+    model: nn.Module, n: int, condition_args: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Draw z (n, d_z) from the prior and x (n, *shape) from the likelihood, so that z is a sample of p(z|x)."""
+    latent_model = cast(LatentModel, model)
+    prior = latent_model.prior(*condition_args)
+    z = prior.sample() if prior.batch_shape else prior.sample(torch.Size((n,)))
+    return z, latent_model.likelihood(z, *condition_args).sample()
+
+
+def _bounds_of_batch(
+    model: nn.Module,
+    x: Tensor,
+    k: int,
+    steps: int,
+    start: Tensor | None,
+    condition: Tensor | None = None,
+) -> Tensor:
+    """Lower bound, upper bound (NaN without `start`), acceptance of each example: (3, n), float64 on the CPU."""
+    latent_model = cast(LatentModel, model)
+    forwards = ais(latent_model, x, k=k, steps=steps, condition=condition)
+    lower = iwae(forwards.log_w.double())
+    upper = torch.full_like(lower, torch.nan)
+    if start is not None:
+        backwards = ais(latent_model, x, k=k, steps=steps, start=start, condition=condition)
+        upper = reverse_ais_bound(backwards.log_w.double())
+    return torch.stack([lower, upper, forwards.accept.mean(0).double()]).cpu()

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['flow_transforms', 'FlowDistribution']
 
-# %% ../../nbs/model/21_flows.ipynb #8b11904d
+# %% ../../nbs/model/21_flows.ipynb #60f91d7e
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,73 +17,128 @@ from ..base.devices import autocast_disabled
 from ..derivation.densities import DiagonalNormal
 from ..derivation.gradients import detached
 
-_checked = Distribution._validate_args  # zuko switches torch's own checks off, for everybody
+# %% ../../nbs/model/21_flows.ipynb #da5c7516
+_validate_args = Distribution._validate_args
+
+# %% ../../nbs/model/21_flows.ipynb #8b11904d
 from zuko.distributions import NormalizingFlow
 from zuko.flows import MaskedAutoregressiveTransform
 from zuko.transforms import ComposedTransform, MonotonicRQSTransform
 
-Distribution.set_default_validate_args(_checked)
+# %% ../../nbs/model/21_flows.ipynb #27cb5f44
+Distribution.set_default_validate_args(_validate_args)
 
-# %% ../../nbs/model/21_flows.ipynb #1c44d868
+# %% ../../nbs/model/21_flows.ipynb #a5027398
+# Of a spline: 8 widths and 8 heights of its pieces, 7 slopes between them. Two passes: by halves.
+_SPLINE_OPTIONS = {
+    "passes": 2,
+    "univariate": MonotonicRQSTransform,
+    "shapes": [(8,), (8,), (7,)],
+}
+
+
 def flow_transforms(
     kind: str, latent_dim: int, context: int = 0, hidden: int = 64, transforms: int = 2
 ) -> nn.ModuleList:
-    """The steps of a flow, "iaf" or "nsf" (equations 21.2, 21.3): zuko's lazy transforms, the identity at first.
-    hidden: width of the two hidden layers of each, at least 2 * latent_dim. Raises ValueError for another kind."""
+    """Make the transforms of a flow, the identity at first.
+
+    Args:
+        kind: "iaf" (equation 21.2; Kingma et al. 2016) or "nsf" (equation 21.3; Durkan et al. 2019).
+        latent_dim: d, the number of coordinates.
+        context: length of the vector that the transforms are conditioned on; 0: there is none.
+        hidden: width of the two hidden layers of each network, which is at least 2 d.
+        transforms: how many there are.
+
+    Returns:
+        Modules of zuko: called with the context, or None, each returns a transform of torch. Weights are float32.
+
+    Raises:
+        ValueError: for another kind.
+    """
     if kind not in ("iaf", "nsf"):
         raise ValueError(f"a flow is 'iaf' or 'nsf': got {kind!r}")
-    spline = (
-        {"passes": 2, "univariate": MonotonicRQSTransform, "shapes": [(8,), (8,), (7,)]}
-        if kind == "nsf"
-        else {}
-    )
-    width, order = max(hidden, 2 * latent_dim), torch.arange(latent_dim)
-    steps = [
-        MaskedAutoregressiveTransform(
+    width = max(hidden, 2 * latent_dim)
+    order = torch.arange(latent_dim)
+    options: dict[str, Any] = _SPLINE_OPTIONS if kind == "nsf" else {}
+    modules = nn.ModuleList()
+    for i in range(transforms):
+        module = MaskedAutoregressiveTransform(
             latent_dim,
             context,
             order=order.flip(0) if i % 2 else order,
             hidden_features=(width, width),
             activation=nn.SiLU,
-            **spline,
+            **options,
         )
-        for i in range(transforms)
-    ]
-    for step in steps:
-        for p in (step.hyper[-1] if hasattr(step, "hyper") else step).parameters():
-            nn.init.zeros_(p)
-    return nn.ModuleList(steps).float()
+        _start_at_identity(module)
+        modules.append(module)
+    return modules.float()
 
 
+def _start_at_identity(module: nn.Module) -> None:
+    """Set to zero the last layer of a transform's network, or its numbers where it has no network."""
+    network = getattr(module, "hyper", None)
+    last_layer = module if network is None else network[-1]
+    for parameter in last_layer.parameters():
+        nn.init.zeros_(parameter)
+
+# %% ../../nbs/model/21_flows.ipynb #1c44d868
 class FlowDistribution(NormalizingFlow):
-    """The diagonal Gaussian `start` with its noise bent by `steps` (equation 21.1), which see `context` (*batch, c).
-    `mean` is where noise zero lands: a centre to decode and plot, not the average. There is no `stddev`."""
+    """A diagonal Gaussian whose noise is transformed (equation 21.1). There is no `stddev`.
 
-    support, event_shape = constraints.real_vector, property(lambda self: self.start.event_shape)
+    Args:
+        gaussian: the diagonal Gaussian, of batch shape (...) and event shape (d,).
+        transforms: of `flow_transforms`, or others that return transforms of torch.
+        context: (..., context), what the transforms are conditioned on; None for transforms that are not.
+    """
+
+    support = constraints.real_vector
 
     def __init__(
-        self, start: DiagonalNormal, steps: nn.ModuleList, context: Tensor | None = None
+        self, gaussian: DiagonalNormal, transforms: nn.ModuleList, context: Tensor | None = None
     ) -> None:
-        self.start, self.steps, self.context = start, steps, context
-        last = AffineTransform(start.mean, start.stddev, event_dim=1)
-        noise = DiagonalNormal(torch.zeros_like(start.mean), torch.ones_like(start.stddev))
-        super().__init__(ComposedTransform(*(step(context) for step in steps), last).inv, noise)
+        self.gaussian = gaussian
+        self.transforms = transforms
+        self.context = context
+        noise = DiagonalNormal(torch.zeros_like(gaussian.mean), torch.ones_like(gaussian.stddev))
+        scale_and_shift = AffineTransform(gaussian.mean, gaussian.stddev, event_dim=1)
+        from_noise = ComposedTransform(*(make(context) for make in transforms), scale_and_shift)
+        super().__init__(from_noise.inv, noise)
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """(d,)."""
+        return self.gaussian.event_shape
 
     @property
     def mean(self) -> Tensor:
-        return self.transform.inv(torch.zeros_like(self.start.mean))
+        """(..., d), where noise zero lands: a centre, not the average."""
+        return self.transform.inv(torch.zeros_like(self.gaussian.mean))
 
     def log_prob(self, value: Tensor) -> Tensor:
+        """Compute the log density, (..., d) → (...), in nats, on the way back to the noise."""
         with autocast_disabled(value):
             return super().log_prob(value)
 
     def rsample_and_log_prob(self, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-        with autocast_disabled(self.start.mean):
+        """Draw reparameterised samples together with their log density.
+
+        Args:
+            shape: how many, as for rsample.
+
+        Returns:
+            Samples (*shape, ..., d) and their log density (*shape, ...), in nats.
+        """
+        with autocast_disabled(self.gaussian.mean):
             return super().rsample_and_log_prob(shape)
 
     def detached(self) -> "FlowDistribution":
-        "The same with its parameters, those of the steps too, cut off from autograd (for `gradients.detached`)."
-        steps = copy.deepcopy(self.steps).requires_grad_(False)
-        return FlowDistribution(
-            detached(self.start), steps, None if self.context is None else self.context.detach()
-        )
+        """Copy the distribution with all parameters cut off from autograd, those of the transforms too.
+
+        This is what `vae_nb.derivation.gradients.detached` calls.
+        """
+        transforms = copy.deepcopy(self.transforms).requires_grad_(False)
+        context = None if self.context is None else self.context.detach()
+        gaussian = detached(self.gaussian)
+        assert isinstance(gaussian, DiagonalNormal)
+        return FlowDistribution(gaussian, transforms, context)

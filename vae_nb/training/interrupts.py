@@ -6,34 +6,32 @@
 __all__ = ['stop_on_interrupt']
 
 # %% ../../nbs/training/41_interrupts.ipynb #f336eaf8
-import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import torch
+from types import FrameType
 
 # %% ../../nbs/training/41_interrupts.ipynb #08bca976
 @contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:
-    "An event that the first Ctrl-C sets instead of raising; a second one raises. Never set where Ctrl-C is not ours to hear."
-    stop, before = threading.Event(), signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before in (
-        signal.SIG_IGN,
-        None,
-    ):
+    """An event that the first Ctrl-C sets, instead of raising KeyboardInterrupt; a second one raises as usual.
+
+    Where Ctrl-C cannot be handled (outside the main thread) or is ignored, the event is never set and nothing is changed.
+    """
+    stop = threading.Event()
+    handler_before = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or handler_before in (signal.SIG_IGN, None):
         yield stop
         return
 
-    def first(signum: int, frame: Any) -> None:
+    def on_first_interrupt(signum: int, frame: FrameType | None) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler_before)
 
-    signal.signal(signal.SIGINT, first)
+    signal.signal(signal.SIGINT, on_first_interrupt)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler_before)
