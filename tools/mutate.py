@@ -697,7 +697,8 @@ def counts(mutants: list[Mutant], caught: set[str]) -> str:
 def table(mutants: list[Mutant], caught: set[str], argued: set[str]) -> Iterator[str]:
     """Caught of all, by module and operator, and in sum for each folder and altogether."""
     yield "| module | " + " | ".join(OPERATORS) + " | all | share caught | less equivalent |"
-    yield "|---|" + "|".join(["---:"] * (len(OPERATORS) + 3)) + "|"
+    n_columns = len(OPERATORS) + 3
+    yield "|---|" + "|".join(["---:"] * n_columns) + "|"
     groups: dict[str, list[Mutant]] = {}
     for m in mutants:
         groups.setdefault(m.place.partition(".")[0], []).append(m)

@@ -102,7 +102,7 @@ class Page:
     @property
     def top(self) -> str:
         """The relative path from this page to the site's root."""
-        return "../" * self.stem.count("/")
+        return "".join(["../"] * self.stem.count("/"))
 
 
 # ---- the public names

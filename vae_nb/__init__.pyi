@@ -50,7 +50,6 @@ from .explore.plots import plot_latent_map as plot_latent_map
 from .explore.plots import plot_prior_predictive as plot_prior_predictive
 from .explore.plots import plot_reconstructions as plot_reconstructions
 from .explore.plots import plot_samples as plot_samples
-from .explore.widgets import explore as explore
 from .explore.widgets import explore_run as explore_run
 from .explore.widgets import plot_traversal as plot_traversal
 from .app.recipes import RECIPES as RECIPES

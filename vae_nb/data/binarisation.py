@@ -12,6 +12,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from ..base.devices import BATCH_ROWS
 from .dataset import Data
 
 # %% ../../nbs/data/32_binarisation.ipynb #52f8dae9
@@ -29,9 +30,9 @@ def binarize_once(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         (n, *shape), uint8: 1 with probability grey / 255, else 0.
     """
     drawn = np.empty(images.shape, np.uint8)
-    for start in range(0, len(images), 4096):
-        part = images[start : start + 4096]
-        drawn[start : start + 4096] = rng.random(part.shape) < part / 255
+    for start in range(0, len(images), BATCH_ROWS):
+        part = images[start : start + BATCH_ROWS]
+        drawn[start : start + BATCH_ROWS] = rng.random(part.shape) < part / 255
     return drawn
 
 # %% ../../nbs/data/32_binarisation.ipynb #3e4e90fd

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..base.arguments import choose
+from ..base.devices import BATCH_ROWS
 
 # %% ../../nbs/data/31_dataset.ipynb #eb3b7759
 def as_condition(y: Tensor | None, n_condition: int) -> Tensor | None:
@@ -112,7 +113,9 @@ class Data:
 
     def _mean_input(self) -> Tensor:
         """The mean of the training set as a model sees it, (*shape), float32."""
-        parts = self.train.split(4096)  # a copy in float64 takes eight times the memory of bytes
+        parts = self.train.split(
+            BATCH_ROWS
+        )  # a copy in float64 takes eight times the memory of bytes
         mean = sum(part.double().sum(0) for part in parts) / len(self.train)
         if self.grayscale:
             mean = mean / 255

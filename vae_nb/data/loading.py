@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..base.arguments import as_int, choose
+from ..base.devices import BATCH_ROWS
 from .binarisation import BINARIZE, binarize_data, binarize_once
 from .dataset import Data
 from .readers import TORCHVISION, Source, read_source, to_array
@@ -146,7 +147,7 @@ MAPPED_HELD_OUT = 10_000  # size of the validation and of the test set of a mapp
 
 def _is_finite(x: np.ndarray) -> bool:
     """Whether all entries are finite; some data points at a time, since a mapped file may be larger than memory."""
-    return all(np.isfinite(x[i : i + 4096]).all() for i in range(0, len(x), 4096))
+    return all(np.isfinite(x[i : i + BATCH_ROWS]).all() for i in range(0, len(x), BATCH_ROWS))
 
 
 def _from_array(source: Source, labels: Any, seed: int, n_valid: int | None) -> Data:

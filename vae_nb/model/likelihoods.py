@@ -16,13 +16,10 @@ from torch import Tensor, nn
 from torch import distributions as D
 
 from ..base.arguments import as_int
-from ..base.devices import promote_to_float32
+from ..base.devices import BATCH_ROWS, promote_to_float32
 from ..derivation.densities import log_bernoulli, log_binomial, log_normal
 
 # %% ../../nbs/model/20_likelihoods.ipynb #1e02322c
-_ROWS_PER_CHECK = 4096  # the comparisons need memory, several times that of the data
-
-
 class Likelihood(nn.Module):
     """p(x | z), the conditional distribution of an observation given the latent variable.
 
@@ -132,7 +129,7 @@ class Likelihood(nn.Module):
         Raises:
             ValueError: there are none, or they are of another shape, not finite, or outside of the support.
         """
-        for part in x.split(_ROWS_PER_CHECK) if x.ndim else (x,):
+        for part in x.split(BATCH_ROWS) if x.ndim else (x,):
             _validate(self, part)
 
 
@@ -144,7 +141,7 @@ def _validate_condition(z: Tensor, condition: Tensor) -> None:
             f"got {tuple(z.shape)} and {tuple(condition.shape)}"
         )
 
-# %% ../../nbs/model/20_likelihoods.ipynb #6e42f348
+
 class _EntryDistribution(D.Distribution):
     """The distribution of single entries under a likelihood, for parameters from its network.
 
@@ -172,7 +169,7 @@ class _EntryDistribution(D.Distribution):
     def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         return self.likelihood.sample_from(self.params.expand(*sample_shape, *self.params.shape))
 
-
+# %% ../../nbs/model/20_likelihoods.ipynb #6e42f348
 def _in_support(likelihood: Likelihood | type[Likelihood], x: Tensor) -> Tensor:
     """Compare each entry with what a likelihood covers.
 
