@@ -15,7 +15,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -204,25 +204,27 @@ def run(path: Path, flags: set[str]) -> None:
     nbformat.write(nb, path)
 
 
+def runs(path: Path, flags: set[str]) -> bool:
+    """Run a notebook, then clean it; whether all its cells passed."""
+    print(f"running {path}", flush=True)
+    try:
+        run(path, flags)
+    except CellExecutionError as error:
+        print(f"{path}: {error}", file=sys.stderr)
+        return False
+    clean([path])
+    return True
+
+
 def refresh(paths: list[Path], flags: set[str], workers: int) -> int:
     """Run the notebooks, so many at a time; 1 if any fails."""
     # This checkout's modules, whichever one the environment has installed.
     path_of_modules = [str(ROOT), os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path_of_modules))
-
-    def runs(path: Path) -> bool:
-        print(f"running {path}", flush=True)
-        try:
-            run(path, flags)
-        except CellExecutionError as error:
-            print(f"{path}: {error}", file=sys.stderr)
-            return False
-        return True
-
-    with ThreadPoolExecutor(workers) as pool:
-        done = list(pool.map(runs, paths))
-    clean([path for path, ran in zip(paths, done, strict=True) if ran])
-    return 0 if all(done) else 1
+    # Processes, not threads: each notebook's client has an event loop of its own.
+    with ProcessPoolExecutor(workers) as pool:
+        jobs = [pool.submit(runs, path, flags) for path in paths]
+        return 0 if all([job.result() for job in jobs]) else 1
 
 
 def main() -> int:
