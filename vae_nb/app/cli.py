@@ -220,12 +220,12 @@ def resume_command(run: Path) -> str:
     return f"vae_nb train --resume {shlex.quote(str(run))}"
 
 
-def fit(trainer: "Trainer", run: Path, second_interrupt: threading.Event) -> Failure | None:
+def fit(trainer: "Trainer", run: Path, second_interrupt: Any) -> Failure | None:
     "Train; the failure that ended it, or None. A KeyboardInterrupt, which a second Ctrl-C raises, sets the event."
     try:
         trainer.fit()
     except KeyboardInterrupt:
-        second_interrupt.set()
+        second_interrupt.signal = 2
     except OSError as e:
         return Failure(f"{one_line(e)}; then: {resume_command(run)}", resumable=True)
     except (FloatingPointError, RuntimeError, MemoryError) as e:
@@ -271,13 +271,13 @@ def remove_run(run: Path, is_new: bool) -> None:
 
 # %% ../../nbs/app/59_cli.ipynb #ed011ed7
 def write_report_unless_interrupted(
-    trainer: "Trainer", run: Path, second_interrupt: threading.Event
+    trainer: "Trainer", run: Path, second_interrupt: Any
 ) -> Failure | None:
     "Report; Ctrl-C ends that and sets the event. The failure, if a file could not be written, or None."
     try:
         write_report(trainer, run, progress=sys.stderr.isatty())
     except KeyboardInterrupt:
-        second_interrupt.set()
+        second_interrupt.signal = 2
     except OSError as e:
         return Failure(str(e), resumable=True)
     return None
@@ -310,11 +310,11 @@ def train_and_report(
         typer.Exit: with code 1 after a failure, 130 after Ctrl-C.
     """
     from vae_nb.base.processes import get_rank
-    from vae_nb.training.interrupts import stop_on_interrupt
+    from vae_nb.training.interrupts import stop_on_signals
 
-    run = trainer.run
-    assert run is not None
-    with stop_on_interrupt() as second_interrupt:  # within `fit` the first one is the trainer's
+    assert trainer.run is not None
+    run = trainer.run.folder
+    with stop_on_signals() as second_interrupt:  # within `fit` the first one is the trainer's
         failure = fit(trainer, run, second_interrupt)
         failure_of_saving = save_model(trainer, run)
     failure = failure or failure_of_saving
@@ -365,24 +365,24 @@ def data_spec(data: "Data", likelihood: str | None) -> dict[str, Any]:
 def check_new_folder(out: Path | None) -> None:
     "Raises ValueError unless --out is new or empty. Only the first of several processes checks."
     from vae_nb.base.processes import get_rank
-    from vae_nb.training.runs import ensure_empty
+    from vae_nb.training.runs import Run
 
-    if get_rank() == 0:
-        ensure_empty(out)
+    if out is not None and get_rank() == 0:
+        Run(out).check_new()
 
 
 def start_run(trainer: "Trainer", out: Path | None, name: str) -> None:
     "Make the run folder, runs/NAME-1 or so where `out` is None, and train. Raises typer.Exit as `train_and_report` does."
     from vae_nb.base.processes import all_gather, get_rank
-    from vae_nb.training.runs import create_run_folder
+    from vae_nb.training.runs import Run
 
     with usage_errors():
-        created = create_run_folder(out, name) if get_rank() == 0 else None
-        created_by_first = all_gather(created)[0]
-    assert created_by_first is not None
-    run, is_new = created_by_first
-    trainer.run = run
-    train_and_report(trainer, partial(remove_run, run, is_new))
+        run = None
+        if get_rank() == 0:
+            run = Run.first_free(name) if out is None else Run(out)
+        folder = all_gather(None if run is None else str(run))[0]
+    trainer.run = run or Run(folder)
+    train_and_report(trainer, trainer.run.remove_files)
 
 # %% ../../nbs/app/59_cli.ipynb #1f44b224
 RECIPE_OPTIONS = ("recipe", "data_dir", "device", "precision", "seed", "start", "out")

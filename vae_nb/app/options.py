@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['DATA_SET_NAMES', 'SPLIT_NAMES', 'BINARIZE_NAMES', 'NETWORK_NAMES', 'LIKELIHOOD_NAMES', 'POSTERIOR_NAMES',
            'PRIOR_NAMES', 'OBJECTIVE_NAMES', 'PRECISION_NAMES', 'PRETRAINED_NAMES', 'DIGITS_SIZES', 'OTHER_SIZES',
-           'DataName', 'DataDir', 'Binarize', 'Conditional', 'LatentDim', 'NetworkName', 'Hidden', 'LikelihoodName',
-           'PosteriorName', 'PriorName', 'ObjectiveName', 'Samples', 'Beta', 'Warmup', 'Epochs', 'BatchSize',
-           'LearningRate', 'EmaDecay', 'Patience', 'Precision', 'Device', 'Seed', 'InitFrom', 'OutFolder', 'RecipeName',
-           'Resume', 'RunFolder', 'Split', 'DataPath', 'SampleSeed', 'Port', 'Browser', 'TrainDefaults', 'Sizes',
-           'default_sizes', 'text_option', 'number_parser', 'number_option', 'run_folder', 'one_of', 'default_help',
-           'GroupedHelp']
+           'MAX_SHOWN', 'DataName', 'DataDir', 'Binarize', 'Conditional', 'LatentDim', 'NetworkName', 'Hidden',
+           'LikelihoodName', 'PosteriorName', 'PriorName', 'ObjectiveName', 'Samples', 'Beta', 'Warmup', 'Epochs',
+           'BatchSize', 'LearningRate', 'EmaDecay', 'Patience', 'Precision', 'Device', 'Seed', 'InitFrom', 'OutFolder',
+           'RecipeName', 'Resume', 'RunFolder', 'Split', 'DataPath', 'SampleSeed', 'Port', 'Browser', 'TrainDefaults',
+           'Sizes', 'default_sizes', 'text_option', 'number_parser', 'number_option', 'nonempty_path', 'path_option',
+           'run_folder', 'one_of', 'default_help', 'GroupedHelp']
 
 # %% ../../nbs/app/58_options.ipynb #c5540e6e
 from collections.abc import Callable, Iterable
@@ -44,7 +44,7 @@ PRETRAINED_NAMES = ("digits", "mnist")
 # %% ../../nbs/app/58_options.ipynb #2d7245f9
 @dataclass(frozen=True)
 class TrainDefaults:
-    "Default values of the options of `vae_nb train`: those of TrainConfig, KLWeight and build_vae."
+    """Default values of the options of `vae_nb train`: those of TrainConfig, KLWeight and build_vae."""
 
     network: str = "mlp"
     posterior: str = "diagonal"
@@ -55,7 +55,7 @@ class TrainDefaults:
     kl_warmup: int = 0
     lr: float = 2e-3
     ema: float = 0.0
-    patience: int = 0
+    patience: int = 20
     precision: str = "auto"
     device: str = "auto"
     seed: int = 0
@@ -63,7 +63,7 @@ class TrainDefaults:
 
 @dataclass(frozen=True)
 class Sizes:
-    "Size of a model and of its training; `hidden` is that of an mlp, as on the command line."
+    """Size of a model and of its training; `hidden` is that of an mlp, as on the command line."""
 
     latent_dim: int
     hidden: str
@@ -76,30 +76,34 @@ OTHER_SIZES = Sizes(latent_dim=32, hidden="400,400", epochs=50, batch_size=128)
 
 
 def default_sizes(data: str) -> Sizes:
-    "The sizes for a data set, where the options do not set them."
+    """The sizes for a data set, where the options do not set them."""
     return DIGITS_SIZES if data == "digits" else OTHER_SIZES
 
 # %% ../../nbs/app/58_options.ipynb #4e9e0c59
+MAX_SHOWN = 40  # characters of a wrong number, in an error
+
+
 def text_option(text: str, group: str | None = None) -> Any:
-    "An option with this help, in this group of the help."
+    """An option with this help, in this group of the help."""
     return typer.Option(help=text, rich_help_panel=group)
 
 
 def number_parser(kind: type[int] | type[float]) -> Callable[[str], Any]:
-    "A parser of numbers of that kind, whose refusal says what was given."
+    """A parser of numbers of that kind, whose refusal says what was given."""
     needed = "a whole number" if kind is int else "a number"
 
     def parse(text: str) -> Any:
         try:
             return kind(text)
-        except ValueError:
-            raise typer.BadParameter(f"{needed} is needed: got {text!r}") from None
+        except ValueError:  # also for thousands of digits, which nobody wants to read again
+            start = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
+            raise typer.BadParameter(f"{needed} is needed: got {start!r}") from None
 
     return parse
 
 
 def number_option(text: str, group: str | None = None, kind: type[int] | type[float] = int) -> Any:
-    "An option that takes a number."
+    """An option that takes a number."""
     return typer.Option(
         help=text,
         rich_help_panel=group,
@@ -108,9 +112,23 @@ def number_option(text: str, group: str | None = None, kind: type[int] | type[fl
     )
 
 
+def nonempty_path(text: str) -> Path:
+    """A path. Raises typer.BadParameter for an empty one, which would be the current folder."""
+    if not text:
+        raise typer.BadParameter(
+            "a path is needed: got an empty string (is a variable of the shell not set?)"
+        )
+    return Path(text)
+
+
+def path_option(text: str, group: str | None = None) -> Any:
+    """An option that takes a path."""
+    return typer.Option(help=text, rich_help_panel=group, parser=nonempty_path, metavar="PATH")
+
+
 def run_folder(text: str) -> Path:
-    "A folder or, where there is none of that name, the pretrained model of that name."
-    if Path(text).exists():
+    """A folder or, where there is none of that name, the pretrained model of that name."""
+    if nonempty_path(text).exists():
         return Path(text)
     from vae_nb.training.saving import pretrained
 
@@ -121,12 +139,12 @@ def run_folder(text: str) -> Path:
 
 # %% ../../nbs/app/58_options.ipynb #04be9ef0
 def one_of(names: Iterable[str]) -> str:
-    "The names to choose from, in words."
+    """The names to choose from, in words."""
     return "one of " + ", ".join(names)
 
 
 def default_help(size: str) -> str:
-    "The default of one of the sizes, in words."
+    """The default of one of the sizes, in words."""
     for_digits = getattr(DIGITS_SIZES, size)
     otherwise = getattr(OTHER_SIZES, size)
     return f"{for_digits} for digits, {otherwise} otherwise."
@@ -142,7 +160,7 @@ DataName = Annotated[
 ]
 DataDir = Annotated[
     Path | None,
-    text_option(
+    path_option(
         "Folder with torchvision's files; it must exist. Default: a cache, with download.", "Data"
     ),
 ]
@@ -210,7 +228,7 @@ Warmup = Annotated[
 Epochs = Annotated[
     int | None,
     number_option(
-        f"Passes over the training set. Default: {default_help('epochs')}", "Optimisation"
+        f"Passes over the training set, at most. Default: {default_help('epochs')}", "Optimisation"
     ),
 ]
 BatchSize = Annotated[
@@ -240,7 +258,7 @@ Patience = Annotated[
     int,
     number_option(
         "Early stopping: training ends after so many epochs in a row without gain on the "
-        "validation set. 0: no early stopping.",
+        "validation set. 0: off, all epochs are trained.",
         "Optimisation",
     ),
 ]
@@ -273,7 +291,7 @@ InitFrom = Annotated[
 ]
 OutFolder = Annotated[
     Path | None,
-    text_option("Run folder, new or empty. Default: runs/DATA-1, runs/DATA-2, …", "Run"),
+    path_option("Run folder, new or empty. Default: runs/DATA-1, runs/DATA-2, …", "Run"),
 ]
 RecipeName = Annotated[
     str | None,
@@ -285,7 +303,7 @@ RecipeName = Annotated[
 ]
 Resume = Annotated[
     Path | None,
-    text_option(
+    path_option(
         "Continue this run, which was cut off. No other options: they are those of the run.", "Run"
     ),
 ]
@@ -302,7 +320,7 @@ RunFolder = Annotated[
 Split = Annotated[str, text_option(f"Which examples: {one_of(SPLIT_NAMES)}.")]
 DataPath = Annotated[
     Path | None,
-    text_option(
+    path_option(
         "Where the data are (of mnist, fashion-mnist and kmnist: their folder), if they have "
         "moved since training."
     ),
@@ -320,10 +338,10 @@ Browser = Annotated[
 
 # %% ../../nbs/app/58_options.ipynb #60ae930a
 class GroupedHelp(TyperCommand):
-    "A command whose help lists its options by group, those without a group last."
+    """A command whose help lists its options by group, those without a group last."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        "Write the sections of the help."
+        """Write the sections of the help."""
         groups: dict[str, list[tuple[str, str]]] = {}
         without_group: list[tuple[str, str]] = []
         for parameter in self.get_params(ctx):

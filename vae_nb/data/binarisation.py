@@ -12,8 +12,10 @@ from typing import cast
 import numpy as np
 import torch
 
+from ..base.arguments import choose
 from ..base.devices import BATCH_ROWS
 from .dataset import Data
+from .readers import check_memory
 
 # %% ../../nbs/data/32_binarisation.ipynb #52f8dae9
 BINARIZE = ("none", "static", "dynamic")
@@ -28,7 +30,15 @@ def binarize_once(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
     Returns:
         (n, *shape), uint8: 1 with probability grey / 255, else 0.
+
+    Raises:
+        ValueError: other numbers than bytes, or more than fit into memory.
     """
+    if images.dtype != np.uint8:
+        raise ValueError(
+            f"grey levels are bytes 0 … 255: got dtype {images.dtype}; turn them into uint8 first"
+        )
+    check_memory(f"{len(images)} binarised data points", images.size)
     drawn = np.empty(images.shape, np.uint8)
     for start in range(0, len(images), BATCH_ROWS):
         part = images[start : start + BATCH_ROWS]
@@ -45,8 +55,9 @@ def binarize_data(data: Data, binarize: str, seed: int) -> Data:
         seed: of what is drawn once, in the order train, valid, test.
 
     Raises:
-        ValueError: other data than bytes 0 … 255.
+        ValueError: other data than bytes 0 … 255, or a name that is not in BINARIZE.
     """
+    choose("binarize", binarize, dict.fromkeys(BINARIZE))
     if data.total != 255:
         raise ValueError(f"binarize {binarize!r} needs bytes 0 … 255: leave it out for {data.name}")
     if binarize == "none":

@@ -9,7 +9,7 @@ __all__ = ['DTYPE_LIKELIHOODS', 'MAPPED_HELD_OUT', 'N_TRAIN_AND_VALID', 'load_da
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -18,42 +18,92 @@ from torch.utils.data import DataLoader
 
 from ..base.arguments import as_int, choose
 from ..base.devices import BATCH_ROWS
+from ..base.seeding import as_seed
 from .binarisation import BINARIZE, binarize_data, binarize_once
 from .dataset import Data
-from .readers import TORCHVISION, Source, read_source, to_array
+from vae_nb.data.readers import (
+    TORCHVISION,
+    Source,
+    check_memory,
+    read_source,
+    to_array,
+)
 
 # %% ../../nbs/data/33_loading.ipynb #8e4ad667
+def _copy_rows(x: np.ndarray, rows: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
+    """Copy rows (m,) of x, (n, ...), into an array of another dtype, some at a time."""
+    copied = np.empty((len(rows), *x.shape[1:]), dtype)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
+        for start in range(0, len(rows), BATCH_ROWS):
+            part = slice(start, start + BATCH_ROWS)
+            copied[part] = x[rows[part]]
+    return copied
+
+
 def _split_arrays(
-    x: np.ndarray, labels: np.ndarray | None, n_valid: int, n_test: int, seed: int
+    x: np.ndarray,
+    labels: np.ndarray | None,
+    n_valid: int,
+    n_test: int,
+    seed: int,
+    dtype: type[np.generic],
 ) -> dict[str, Tensor]:
     """Split data points, with their labels, for training, validation and test.
 
     Args:
-        x: (n, ...); a memory map stays in its order, and on its disk.
+        x: (n, ...); a memory map stays in its order and, if it has the dtype, on its disk.
         labels: (n, ...) or None.
         n_valid: size of the validation set.
         n_test: size of the test set.
         seed: of the order that x is brought into first.
+        dtype: that data points are stored in.
 
     Returns:
         The fields train, valid, test of a `Data`; and train_labels, valid_labels, test_labels, if there are labels.
     """
     n_train = len(x) - n_valid - n_test
-    parts: dict[str, slice | np.ndarray] = {
+    parts = {
         "train": slice(n_train),
         "valid": slice(n_train, n_train + n_valid),
         "test": slice(n_train + n_valid, None),
     }
-    if not isinstance(x, np.memmap):
-        order = np.random.default_rng(seed).permutation(len(x))
-        parts = {name: order[part] for name, part in parts.items()}
-    fields = {name: torch.from_numpy(x[part]) for name, part in parts.items()}
+    is_mapped = isinstance(x, np.memmap)
+    order = np.arange(len(x)) if is_mapped else np.random.default_rng(seed).permutation(len(x))
+    fields = {}
+    for name, part in parts.items():
+        stays = is_mapped and x.dtype == dtype
+        rows = x[part] if stays else _copy_rows(x, order[part], dtype)
+        fields[name] = torch.from_numpy(rows)
     if labels is not None:
         for name, part in parts.items():
-            fields[f"{name}_labels"] = torch.from_numpy(labels[part])
+            fields[f"{name}_labels"] = torch.from_numpy(labels[order[part]])
     return fields
 
 # %% ../../nbs/data/33_loading.ipynb #2440d1d1
+def _first_inexact(labels: Any, y: np.ndarray) -> float:
+    """The number from which on the dtype of labels does not tell all whole numbers apart, or int64 has none.
+
+    Args:
+        labels: as they came.
+        y: the same as an array.
+    """
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        return 2 / torch.finfo(labels.dtype).eps
+    if y.dtype.kind == "f":
+        return min(2 / float(np.finfo(y.dtype).eps), 2**63)
+    return 2**63
+
+
+def _wrong_classes(y: np.ndarray) -> np.ndarray:
+    """Which labels (n,) are no whole numbers from 0."""
+    is_wrong = ~np.isfinite(y)
+    if y.dtype.kind == "f":
+        is_wrong |= y != np.round(y)
+    if y.dtype.kind in "fi":
+        is_wrong |= y < 0
+    return is_wrong
+
+
 def _validate_labels(labels: Any, n: int) -> np.ndarray | None:
     """Check labels.
 
@@ -65,21 +115,35 @@ def _validate_labels(labels: Any, n: int) -> np.ndarray | None:
         Classes (n,), int64, or vectors (n, c), float32; None if there are none.
 
     Raises:
-        ValueError: another shape, classes that are no whole numbers from 0, vectors that are not finite.
+        ValueError: another shape, classes that are no whole numbers from 0 or too large to be exact, vectors that are
+            not finite in float32.
     """
     if labels is None:
         return None
     y = to_array(labels)
-    wrong = ~np.isfinite(y)
-    if y.ndim == 1:
-        wrong = wrong | (y < 0) | (y != np.round(y))
-    if y.ndim not in (1, 2) or len(y) != n or not y.size or wrong.any():
-        example = f", and among them {y[wrong][0]}" if wrong.any() else ""
+    is_class = y.ndim == 1
+    if is_class:
+        converted = y
+        is_wrong = _wrong_classes(y)
+    else:
+        with np.errstate(over="ignore"):
+            converted = y.astype(np.float32)
+        is_wrong = ~np.isfinite(converted)
+    if y.ndim not in (1, 2) or len(y) != n or not y.size or is_wrong.any():
+        example = f", and among them {y[is_wrong][0]}" if is_wrong.any() else ""
         raise ValueError(
             f"labels are ({n},) whole numbers from 0, or ({n}, c) finite vectors: "
             f"got shape {y.shape}{example}"
         )
-    return y.astype(np.int64 if y.ndim == 1 else np.float32)
+    if not is_class:
+        return converted
+    limit = _first_inexact(labels, y)
+    if y.max() >= limit:
+        raise ValueError(
+            f"classes are told apart below {limit:.0f} in labels of their dtype, and among them is "
+            f"{y.max()}: number the classes 0, 1, 2, …, as int64"
+        )
+    return y.astype(np.int64)
 
 # %% ../../nbs/data/33_loading.ipynb #93c0dc5b
 def _load_digits(seed: int, n_valid: int) -> Data:
@@ -88,7 +152,9 @@ def _load_digits(seed: int, n_valid: int) -> Data:
 
     x, labels = load_digits(return_X_y=True)
     images = x.reshape(-1, 8, 8).astype(np.uint8)
-    fields: dict[str, Any] = _split_arrays(images, labels, n_valid, n_test=300, seed=seed)
+    fields: dict[str, Any] = _split_arrays(
+        images, labels, n_valid, n_test=300, seed=seed, dtype=np.uint8
+    )
     return Data("digits", **fields, likelihood="binomial", total=16)
 
 # %% ../../nbs/data/33_loading.ipynb #548c9b65
@@ -96,6 +162,22 @@ def _cache_folder() -> Path:
     """Where torchvision's files are kept if no root is given: VAE_NB_CACHE, or ~/.cache/vae_nb."""
     folder = os.environ.get("VAE_NB_CACHE")
     return Path(folder) if folder else Path.home() / ".cache" / "vae_nb"
+
+
+def _check_torchvision_files(training_file: Any, test_file: Any, raw: Path) -> None:
+    """Raise ValueError unless both files hold images of one shape, with one label for each."""
+    for kind, file in {"training": training_file, "test": test_file}.items():
+        if len(file.data) != len(file.targets):
+            raise ValueError(
+                f"the {kind} files in {str(raw)!r} hold {len(file.data)} images and "
+                f"{len(file.targets)} labels: replace them by files that belong together"
+            )
+    train_shape, test_shape = (tuple(file.data.shape[1:]) for file in (training_file, test_file))
+    if train_shape != test_shape:
+        raise ValueError(
+            f"the files in {str(raw)!r} hold training images of shape {train_shape} and test images "
+            f"of {test_shape}: replace them by files that belong together"
+        )
 
 
 def _load_torchvision(name: str, root: str | Path | None, n_valid: int) -> Data:
@@ -108,16 +190,17 @@ def _load_torchvision(name: str, root: str | Path | None, n_valid: int) -> Data:
 
     Raises:
         FileNotFoundError: files that are not there, could not be downloaded or cannot be read; it says what goes where.
+        ValueError: files that do not belong together, or n_valid that leaves no training set.
     """
     from torchvision import datasets
 
     folder = _cache_folder() if root is None else Path(root)
+    raw = folder / TORCHVISION[name] / "raw"
     dataset_class = getattr(datasets, TORCHVISION[name])
     try:
         training_file = dataset_class(str(folder), train=True, download=root is None)
         test_file = dataset_class(str(folder), train=False, download=root is None)
     except Exception as e:  # RuntimeError, URLError or OSError, with many lines
-        raw = folder / TORCHVISION[name] / "raw"
         if any(raw.glob("*-ubyte")):
             raise FileNotFoundError(f"{str(raw)!r} cannot be read: replace its files") from e
         failure = " and could not be downloaded" if root is None else ""
@@ -127,6 +210,13 @@ def _load_torchvision(name: str, root: str | Path | None, n_valid: int) -> Data:
             "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
             f"t10k-labels-idx1-ubyte in {str(raw)!r}{remedy}"
         ) from e
+    _check_torchvision_files(training_file, test_file, raw)
+    n_images = len(training_file.data)
+    if n_valid >= n_images:
+        raise ValueError(
+            f"n_valid leaves some of the {n_images} training images in {str(raw)!r} for training: "
+            f"got {n_valid}"
+        )
     return Data(
         name,
         train=training_file.data[:-n_valid],
@@ -147,7 +237,13 @@ MAPPED_HELD_OUT = 10_000  # size of the validation and of the test set of a mapp
 
 def _is_finite(x: np.ndarray) -> bool:
     """Whether all entries are finite; some data points at a time, since a mapped file may be larger than memory."""
+    if x.dtype.kind != "f":
+        return True
     return all(np.isfinite(x[i : i + BATCH_ROWS]).all() for i in range(0, len(x), BATCH_ROWS))
+
+
+def _refuse_nonfinite(name: str) -> NoReturn:
+    raise ValueError(f"{name} holds NaN, infinite or too large numbers: clean it first")
 
 
 def _from_array(source: Source, labels: Any, seed: int, n_valid: int | None) -> Data:
@@ -160,8 +256,8 @@ def _from_array(source: Source, labels: Any, seed: int, n_valid: int | None) -> 
         n_valid: size of the validation set; None: a tenth.
 
     Raises:
-        ValueError: too few data points, entries that are not finite in float32, labels that do not fit, n_valid that
-            leaves no training set.
+        ValueError: too few data points, more than fit into memory, entries that are not finite in float32, labels that
+            do not fit, n_valid that leaves no training set.
     """
     x = source.x
     if x.ndim < 2 or len(x) < 10 or not x.size:
@@ -169,9 +265,11 @@ def _from_array(source: Source, labels: Any, seed: int, n_valid: int | None) -> 
             f"data are (n, ...) with n at least 10, to be split in three: got shape {x.shape}"
         )
     likelihood = DTYPE_LIKELIHOODS.get(x.dtype.type, "gaussian")
-    x = x.astype(np.float32 if likelihood == "gaussian" else np.uint8, copy=False)
-    if not _is_finite(x):
-        raise ValueError(f"{source.name} holds NaN, infinite or too large numbers: clean it first")
+    if x.dtype == np.bool_:
+        x = x.view(np.uint8)  # the same bytes, in a mapped file, too
+    dtype = np.float32 if likelihood == "gaussian" else np.uint8
+    if not isinstance(x, np.memmap) or x.dtype != dtype:
+        check_memory(f"the data points of {source.name}", x.size * np.dtype(dtype).itemsize)
     n_test = len(x) // 10
     if isinstance(x, np.memmap):
         n_test = min(n_test, MAPPED_HELD_OUT)
@@ -182,7 +280,9 @@ def _from_array(source: Source, labels: Any, seed: int, n_valid: int | None) -> 
             f"n_valid leaves some of the {len(x)} data points for training: got {n_valid}"
         )
     y = _validate_labels(source.labels if labels is None else labels, len(x))
-    fields: dict[str, Any] = _split_arrays(x, y, n_valid, n_test, seed)
+    fields: dict[str, Any] = _split_arrays(x, y, n_valid, n_test, seed, dtype)
+    if not all(_is_finite(fields[name].numpy()) for name in ("train", "valid", "test")):
+        _refuse_nonfinite(source.name)
     total = 255 if likelihood == "discretized-logistic" else None
     return Data(source.name, **fields, likelihood=likelihood, total=total)
 
@@ -200,6 +300,8 @@ def _validate_arguments(
         ValueError: values that are not allowed, alone or together.
         FileNotFoundError: a root that is no folder.
     """
+    if root is not None and not isinstance(root, (str, Path)):
+        raise ValueError(f"root is the path of a folder: got {type(root).__name__}")
     if root is not None and not Path(root).is_dir():
         raise FileNotFoundError(
             f"the data folder {str(root)!r} does not exist or is a file: give one that is there"
@@ -249,6 +351,9 @@ def load_data(  # noqa: PLR0913 (one for each choice that a user has)
         FileNotFoundError: files that are not there.
     """
     _validate_arguments(source, root, binarize, labels, n_valid)
+    seed = as_seed(seed)
+    if not isinstance(conditional, bool):
+        raise ValueError(f"conditional is True or False: got {conditional!r:.60}")
     name = source if isinstance(source, str) and source in N_TRAIN_AND_VALID else None
     if name is None:
         data = _from_array(read_source(source), labels, seed, n_valid)
@@ -265,14 +370,14 @@ def load_data(  # noqa: PLR0913 (one for each choice that a user has)
             f"conditional=True needs labels, and {data.name} has none: "
             "give labels=, one for each data point"
         )
-    data = replace(data, conditional=bool(conditional))
+    data = replace(data, conditional=conditional)
     if labels is None and isinstance(source, (str, Path)):
         data.source = {
             "source": name or str(Path(source).resolve()),
             "root": None if root is None else str(Path(root).resolve()),
             "binarize": binarize,
             "seed": seed,
-            "conditional": bool(conditional),
+            "conditional": conditional,
             "n_valid": n_valid,
         }
     return data
@@ -290,16 +395,23 @@ def load_items(source: Any, likelihood: str, seed: int = 0) -> tuple[Tensor, Ten
         float32 (n, ...), as the model sees them; and the labels, or None.
 
     Raises:
-        ValueError: data that cannot be used; bytes for a model of real numbers, whose scale is then not known.
+        ValueError: data that cannot be used, or do not fit into memory; bytes for a model of real numbers, whose scale is
+            then not known.
         FileNotFoundError: files that are not there.
     """
-    _, x, labels = read_source(source)
+    name, x, labels = read_source(source)
+    if x.ndim < 2 or not x.size:
+        raise ValueError(f"data are (n, ...) with n at least 1: got shape {x.shape}")
     if x.dtype == np.uint8 and likelihood in ("gaussian", "continuous-bernoulli"):
         raise ValueError(
             f"a {likelihood} model was trained on real numbers, these are bytes: "
             "give floats of its scale"
         )
+    check_memory(f"the data points of {name}", 4 * x.size)
     if likelihood == "bernoulli" and x.dtype == np.uint8 and x.max() > 1:
         x = binarize_once(x, np.random.default_rng(seed))
+    items = _copy_rows(x, np.arange(len(x)), np.float32)
+    if not _is_finite(items):
+        _refuse_nonfinite(name)
     y = _validate_labels(labels, len(x))
-    return torch.from_numpy(x.astype(np.float32)), None if y is None else torch.from_numpy(y)
+    return torch.from_numpy(items), None if y is None else torch.from_numpy(y)

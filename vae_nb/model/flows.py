@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import AffineTransform, Distribution, constraints
 
 from ..base.devices import autocast_disabled
-from ..derivation.densities import DiagonalNormal
+from ..derivation.densities import DiagonalNormal, StandardDiagonalNormal
 from ..derivation.gradients import detached
 
 # %% ../../nbs/model/21_flows.ipynb #da5c7516
@@ -100,7 +100,8 @@ class FlowDistribution(NormalizingFlow):
         self.gaussian = gaussian
         self.transforms = transforms
         self.context = context
-        noise = DiagonalNormal(torch.zeros_like(gaussian.mean), torch.ones_like(gaussian.stddev))
+        zeros = torch.zeros_like(gaussian.mean)
+        noise = StandardDiagonalNormal(zeros, torch.ones_like(zeros))
         scale_and_shift = AffineTransform(gaussian.mean, gaussian.stddev, event_dim=1)
         from_noise = ComposedTransform(*(make(context) for make in transforms), scale_and_shift)
         super().__init__(from_noise.inv, noise)

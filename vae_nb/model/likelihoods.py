@@ -85,7 +85,8 @@ class Likelihood(nn.Module):
         if self.is_categorical:
             params_shape = (*params_shape, -1)
         params = self.network(*inputs).reshape(params_shape)
-        return D.Independent(self.distribution(params), len(self.shape))
+        entries = self.distribution(params)
+        return D.Independent(entries, len(self.shape), validate_args=False)
 
     def distribution(self, params: Tensor) -> D.Distribution:
         """Make the distribution of single entries with these parameters."""
@@ -156,7 +157,7 @@ class _EntryDistribution(D.Distribution):
         self.likelihood = likelihood
         self.params = promote_to_float32(params)
         n_batch_dims = params.ndim - 1 if likelihood.is_categorical else params.ndim
-        super().__init__(params.shape[:n_batch_dims])
+        super().__init__(params.shape[:n_batch_dims], validate_args=False)
 
     @property
     def mean(self) -> Tensor:

@@ -9,14 +9,15 @@ __all__ = ['TVO_BETAS', 'OBJECTIVES', 'weighted_elbo', 'kl_weight', 'KLWeight', 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..base.arguments import as_number, choose
-from ..derivation.annealing import tvo_bound
-from ..derivation.elbo import Terms, distortion, log_terms, rate
+from ..derivation.annealing import left_riemann_sum, validate_betas
+from ..derivation.elbo import Terms, log_terms, rate
 from ..derivation.gradients import dreg, path_terms
 from ..derivation.importance import iwae
 
@@ -37,7 +38,7 @@ def weighted_elbo(terms: Terms, beta: float = 1.0, free_bits: float = 0.0) -> Te
     cost = rate(terms)
     if free_bits:
         cost = cost.mean().clamp(min=free_bits)
-    return -distortion(terms) - beta * cost
+    return terms.log_lik.mean(0) - beta * cost  # minus the distortion, minus the weighted rate
 
 # %% ../../nbs/model/27_objectives.ipynb #d4cdc2a4
 def kl_weight(
@@ -81,6 +82,23 @@ class KLWeight:
 TVO_BETAS = torch.tensor([0.0, 0.01, 0.05, 0.2, 0.5, 1.0], dtype=torch.float64)
 
 
+@cache
+def _betas_on(betas: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Check inverse temperatures, and copy them to where the weights are, once for each device and dtype.
+
+    A step on a GPU then copies nothing from the processor, which would make it wait.
+    """
+    validate_betas(betas)
+    with torch.inference_mode(False):  # a later step needs gradients
+        return betas.to(dtype).to(device, copy=True)
+
+
+def _tvo(terms: Terms) -> Tensor:
+    """The thermodynamic variational objective with TVO_BETAS (equation 9.20), (n,), in nats."""
+    log_w = terms.log_w
+    return left_riemann_sum(log_w, _betas_on(TVO_BETAS, log_w.device, log_w.dtype))
+
+
 class Objective(NamedTuple):
     """What training maximises.
 
@@ -100,7 +118,7 @@ OBJECTIVES: dict[str, Objective] = {
     "stl": Objective(path_terms, weighted_elbo, accepts_kl_weight=True),
     "iwae": Objective(log_terms, lambda terms: iwae(terms.log_w)),
     "dreg": Objective(path_terms, dreg),
-    "tvo": Objective(log_terms, lambda terms: tvo_bound(terms.log_w, TVO_BETAS)),
+    "tvo": Objective(log_terms, _tvo),
 }
 
 

@@ -7,15 +7,15 @@ __all__ = ['SCALE_TRANSFORMS', 'POSTERIORS', 'bounded_std', 'softplus_std', 'Pos
            'FullCovarianceNormal', 'FullCovariancePosterior', 'FlowPosterior', 'SplinePosterior']
 
 # %% ../../nbs/model/22_posteriors.ipynb #c22bf86e
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, MultivariateNormal
 
 from ..base.arguments import choose
-from ..base.devices import autocast_disabled, promote_to_float32
-from ..derivation.densities import DiagonalNormal, log_normal
+from ..base.devices import promote_to_float32
+from ..derivation.densities import DiagonalNormal, log_standard_normal
 from .flows import FlowDistribution, flow_transforms
 
 # %% ../../nbs/model/22_posteriors.ipynb #a2ce2be7
@@ -99,10 +99,33 @@ class DiagonalPosterior(Posterior):
         return DiagonalNormal(mean, self.scale_transform(log_std))
 
 # %% ../../nbs/model/22_posteriors.ipynb #18ebe54e
+_PRODUCT_ELEMENTS = 2**22  # products of an entry of L and a noise number, made at a time
+
+
 class FullCovarianceNormal(MultivariateNormal):
     """torch's Gaussian with correlations, with the density of its own samples from their noise (equation 22.3)."""
 
-    def rsample_and_log_prob(self, sample_shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    def _noise(self, sample_shape: Sequence[int]) -> Tensor:
+        shape = (*sample_shape, *self.loc.shape)
+        return torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+
+    def _correlate(self, noise: Tensor) -> Tensor:
+        """L times the noise, (..., d), with all bits whatever a product of matrices has."""
+        # (samples, ..., d): one matrix for each data point serves all of its samples.
+        samples = noise.reshape(-1, *self.loc.shape)
+        samples_at_once = max(1, _PRODUCT_ELEMENTS // max(1, self.scale_tril.numel()))
+        parts = [
+            (self.scale_tril * part[..., None, :]).sum(-1)
+            for part in samples.split(samples_at_once)
+        ]
+        correlated = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return correlated.reshape(noise.shape)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draw reparameterised samples, (*sample_shape, n, d) (equation 22.2)."""
+        return self.loc + self._correlate(self._noise(sample_shape))
+
+    def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Draw reparameterised samples together with their log density.
 
         Args:
@@ -111,15 +134,10 @@ class FullCovarianceNormal(MultivariateNormal):
         Returns:
             Samples (*sample_shape, n, d) and their log density (*sample_shape, n), in nats.
         """
-        shape = (*sample_shape, *self.loc.shape)
-        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        with autocast_disabled(noise):
-            # One matrix for each data point, which serves all of its samples.
-            rows = noise.reshape(-1, *self.loc.shape)
-            mixed = torch.einsum("...ij,k...j->k...i", self.scale_tril, rows)
-            z = self.loc + mixed.reshape(shape)
+        noise = self._noise(sample_shape)
         log_std = self.scale_tril.diagonal(dim1=-2, dim2=-1).log()
-        return z, (log_normal(noise, 0.0, 1.0) - log_std).sum(-1)
+        log_q = log_standard_normal(noise) - log_std.sum(-1)
+        return self.loc + self._correlate(noise), log_q
 
 
 class FullCovariancePosterior(Posterior):

@@ -16,7 +16,7 @@ from torch.distributions import Categorical, Distribution, MixtureSameFamily
 
 from ..base.arguments import as_int
 from ..base.devices import promote_to_float32
-from ..derivation.densities import DiagonalNormal
+from ..derivation.densities import DiagonalNormal, StandardDiagonalNormal
 from .flows import FlowDistribution, flow_transforms
 from .posteriors import bounded_std
 
@@ -42,28 +42,33 @@ class StandardNormal(nn.Module):
         mean = torch.zeros(latent_dim, dtype=torch.float32)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", torch.full_like(mean, std), persistent=False)
+        self._distribution = StandardDiagonalNormal if std == 1 else DiagonalNormal
 
     def forward(self, condition: Tensor | None = None) -> DiagonalNormal:
         """Return p(z), of batch shape () and event shape (d,), whatever the condition."""
-        return DiagonalNormal(self.mean, self.std)
+        return self._distribution(self.mean, self.std)
 
 # %% ../../nbs/model/23_priors.ipynb #47c8a6d4
+def _in_float64(t: Tensor) -> Tensor:
+    """Convert to float64; on the CPU where t is on one of Apple's GPUs, which have no such numbers."""
+    return t.cpu().double() if t.is_mps else t.double()
+
+
 class DiagonalGaussianMixture(MixtureSameFamily):
     """A mixture of `DiagonalNormal`s, whose log density is one product of matrices (equation 23.3)."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Compute the log density, (..., d) → (...), in nats."""
-        # Apple's GPUs have no float64.
-        dtype = torch.float32 if value.device.type == "mps" else torch.float64
-        m = self.component_distribution.mean.to(dtype)
-        s = self.component_distribution.stddev.to(dtype)
-        z = value.to(dtype)
+        m = _in_float64(self.component_distribution.mean)
+        s = _in_float64(self.component_distribution.stddev)
+        z = _in_float64(value)
         rows = torch.cat([z * z, z], dim=-1)
         columns = torch.cat([-0.5 / s**2, m / s**2], dim=-1)
         constants = (m**2 / s**2 + (2 * math.pi * s**2).log()).sum(-1)
         log_components = rows @ columns.mT - 0.5 * constants
-        log_weights = self.mixture_distribution.logits.to(dtype)
-        return (log_components + log_weights).logsumexp(-1).to(value.dtype)
+        log_weights = _in_float64(self.mixture_distribution.logits)
+        log_p = (log_components + log_weights).logsumexp(-1)
+        return log_p.to(value.dtype).to(value.device)
 
 
 def make_mixture(logits: Tensor, components: Distribution) -> MixtureSameFamily:

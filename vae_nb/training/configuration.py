@@ -98,7 +98,8 @@ class OptimizerConfig:
         """The optimiser of these parameters; on CUDA its learning rate is a tensor, which a captured step reads anew."""
         options: dict[str, Any] = {"lr": lr}
         if device.type == "cuda":
-            options["lr"] = torch.tensor(lr, device=device)
+            # float32 whatever torch's default is: the fused kernels read it so
+            options["lr"] = torch.tensor(lr, dtype=torch.float32, device=device)
             options["capturable"] = True
         if self.name == "rmsprop":
             options["centered"] = True
@@ -152,7 +153,7 @@ class TrainConfig:
     beta: float | KLWeight = 1.0
     optimizer: str | OptimizerConfig = "adam"
     ema: float = 0.0
-    patience: int = 0
+    patience: int = 20
     precision: str = "auto"
     device: str = "auto"
     seed: int = 0
@@ -165,6 +166,7 @@ class TrainConfig:
         self._set("k", as_int("k", self.k))
         self._set("patience", as_int("patience", self.patience, minimum=0))
         self._set("seed", as_seed(self.seed))
+        self._set("device", str(self.device))
         self._validate_numbers()
         self._validate_kl_weight()
         resolve_precision(self.precision, resolve_device(self.device))
@@ -174,8 +176,8 @@ class TrainConfig:
         object.__setattr__(self, name, value)
 
     def _validate_numbers(self) -> None:
-        as_number("ema", self.ema, below=1.0)
-        as_number("lr", self.lr)
+        self._set("ema", float(as_number("ema", self.ema, below=1.0)))
+        self._set("lr", float(as_number("lr, the learning rate,", self.lr)))
         if self.lr == 0:
             raise ValueError("lr, the learning rate, is a number above 0: got 0")
 
