@@ -21,8 +21,7 @@ from torch import nn
 from vae_nb import RECIPES, OptimizerConfig, Trainer, load, load_data, per_example
 from vae_nb.base.files import write_json
 from vae_nb.base.provenance import provenance
-from vae_nb.training.checkpoints import latest_checkpoint
-from vae_nb.training.saving import read_config
+from vae_nb.training.runs import Run
 
 PLAIN = replace(RECIPES["burda-iwae"].train, epochs=2)
 TRIES: dict[str, Any] = {
@@ -40,13 +39,12 @@ TRIES: dict[str, Any] = {
 
 def load_best(run: Path, model: nn.Module) -> int:
     """Give the model the best weights of a run, finished or not; the epoch that it is in."""
-    checkpoint = latest_checkpoint(run, read_config(run))
+    checkpoint = Run(run).latest_checkpoint()
     if checkpoint is None:
         raise SystemExit(f"no checkpoint in {run}")
-    tensors, position = checkpoint
-    best = {name: t for name, t in tensors.items() if name.startswith("best.")}
+    best = {name: t for name, t in checkpoint.tensors.items() if name.startswith("best.")}
     model.load_state_dict({name.removeprefix("best."): t for name, t in best.items()})
-    return position["epoch"]
+    return checkpoint.state["epoch"]
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -273,15 +273,13 @@ def tuned_runtime(
     """
     threads = torch.get_num_threads()
     retain_freed_memory()
-    is_single_threaded = device.type == "cpu" and operations < SINGLE_THREAD_OPERATIONS
     cuda_settings: AbstractContextManager[None] = nullcontext()
     if device.type == "cuda":
         cuda_settings = _tuned_cuda(tf32=precision == "tf32")
     with cuda_settings:
-        if is_single_threaded:
+        if device.type == "cpu" and operations < SINGLE_THREAD_OPERATIONS:
             torch.set_num_threads(1)
         try:
             yield
         finally:
-            if is_single_threaded:
-                torch.set_num_threads(threads)
+            torch.set_num_threads(threads)

@@ -88,9 +88,9 @@ _group_numbers = itertools.count()  # of the groups that this process has joined
 def _take_gpu(device: torch.device | None) -> None:
     """Make a GPU the current one: the device or, where none is named, that of this process's number."""
     if device is None:
-        number = int(os.environ.get("LOCAL_RANK") or "0")
-        if number < torch.cuda.device_count():
-            torch.cuda.set_device(number)
+        local_rank = os.environ.get("LOCAL_RANK") or "0"
+        if local_rank.isdecimal() and int(local_rank) < torch.cuda.device_count():
+            torch.cuda.set_device(int(local_rank))
     elif device.type == "cuda":
         torch.cuda.set_device(device)
 

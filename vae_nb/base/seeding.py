@@ -55,7 +55,8 @@ def seed_generators(device: torch.device, *position: int) -> None:
     seed = derive_seed(*position)
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
     if device.type == "mps":
         torch.mps.manual_seed(seed)
 

@@ -191,6 +191,27 @@ def _image_channels(shape: Sequence[int], hidden: Sequence[int]) -> int:
     return shape[0] if len(shape) == 3 else 1
 
 
+def _channels_last(maps: Tensor) -> Tensor:
+    """Order feature maps (m, channels, height, width) in memory by pixel, then channel; layers keep the order.
+
+    Not on Apple's GPUs, where torch's convolutions have an order of their own.
+    """
+    if maps.is_mps:
+        return maps
+    m, channels, height, width = maps.shape
+    # Through a plain (m, numbers): torch takes maps of one channel to be in either order, and only
+    # the strides that come of this are read as channels last.
+    numbers = maps.permute(0, 2, 3, 1).flatten(1)
+    return numbers.view(m, height, width, channels).permute(0, 3, 1, 2)
+
+
+class _UnflattenToMaps(nn.Unflatten):
+    """Feature maps of (m, numbers), in the order of `_channels_last`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _channels_last(super().forward(x))
+
+
 _conv = partial(nn.Conv2d, kernel_size=3, padding=1, dtype=torch.float32)
 
 
@@ -253,7 +274,9 @@ class ConvEncoder(nn.Module):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Compute the network's numbers: as of an MLP."""
         images = _check_shape(x, self.shape).reshape(len(x), *self.image_shape)
-        features = self.body(images * self.scale)
+        if self.scale != 1:
+            images = images * self.scale
+        features = self.body(_channels_last(images))
         return self.out(_concat_condition(features, condition, self.n_condition))
 
 # %% ../../nbs/model/24_networks.ipynb #7eea0a2d
@@ -304,7 +327,7 @@ class ConvDecoder(nn.Module):
         layers: list[nn.Module] = [
             nn.Linear(d_in + n_condition, n_features, dtype=torch.float32),
             nn.SiLU(),
-            nn.Unflatten(1, smallest_map),
+            _UnflattenToMaps(1, smallest_map),
         ]
         larger_sizes = sizes[-2::-1]
         for (n_before, n_after), size in zip(pairwise(channels), larger_sizes, strict=True):

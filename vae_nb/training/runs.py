@@ -22,7 +22,7 @@ from torch import nn
 
 from ..base.files import write_atomically, write_json
 from ..base.provenance import environment
-from ..data.dataset import Data, fingerprint
+from ..data.dataset import Data, fingerprint, same_fingerprint
 from ..data.loading import load_data
 from ..data.readers import TORCHVISION
 from ..model.vae import VAE
@@ -335,27 +335,20 @@ def load_run_data(run: str | Path, data_path: str | Path | None = None) -> Data:
     return data
 
 
-def _check_same_data(run: str | Path, recorded: str | None, data: Data) -> None:
+def _check_same_data(run: str | Path, recorded: Any, data: Data) -> None:
     """Raise ValueError where a recorded fingerprint is not that of the data; warn where they cannot be compared."""
-    current = fingerprint(data)
-    if recorded == current:
-        return
-    if recorded is None or _scheme_of(recorded) != _scheme_of(current):
+    is_same = same_fingerprint(recorded, data)
+    if is_same is None:
         warnings.warn(
             f"config.json in {str(run)!r} has no fingerprint of this version's kind: whether the data "
             "are those that it was trained on cannot be told",
             stacklevel=3,
         )
-        return
-    raise ValueError(
-        f"the data of {str(run)!r} have changed since it was trained: "
-        "held-out examples may no longer be held out"
-    )
-
-
-def _scheme_of(digest: str) -> str:
-    """How a fingerprint was made: what stands before its colon."""
-    return digest.rpartition(":")[0]
+    elif not is_same:
+        raise ValueError(
+            f"the data of {str(run)!r} have changed since it was trained: "
+            "held-out examples may no longer be held out"
+        )
 
 
 def load_run(run: str | Path, data_path: str | Path | None = None) -> tuple[VAE, Data]:

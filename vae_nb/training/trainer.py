@@ -170,6 +170,7 @@ class Trainer:
         """
         with self._running() as request:
             self.setup()
+            self.save_checkpoint()
             bar = ProgressBar(progress)
             self.hooks = self._standard_hooks(request, bar, on_epoch) + list(hooks)
             bar.start(self)
@@ -316,19 +317,23 @@ class Trainer:
         self.valid = self.data.valid.to(self.device)
         condition = self.data.condition("valid")
         self.valid_condition = None if condition is None else condition.to(self.device)
-        self._on_gpu = self.device.type == "cuda"
-        self.kl_weight = torch.zeros((), device=self.device) if self._on_gpu else 0.0
-        self.ema_weight = torch.zeros((), device=self.device) if self._on_gpu else 0.0
+        # meta: tensors without numbers, on which a GPU's step is tried
+        self._on_gpu = self.device.type in ("cuda", "meta")
+        self.kl_weight = self._number_in_place()
+        self.ema_weight = self._number_in_place()
         self.step: Callable[[list[Tensor], float], None] = self.train_step
-        if self._on_gpu and get_world_size() == 1:
+        if self.device.type == "cuda" and get_world_size() == 1:
             self.step = CapturedStep(
-                self.train_step, self._seed_step, self.device, config.batch_size
+                self.train_step,
+                self._seed_step,
+                self.device,
+                self.minibatches.batch_size,
+                self.state.parameters,
             )
         self.stopping = False
         self._started = time.perf_counter()
         self._open_run()
         self.history = list(self.state.history)
-        self.save_checkpoint()
 
     def prepare_step(self) -> None:
         """Set what the next step reads, from the position alone: learning rate, weights, the seed of its noise."""
@@ -339,12 +344,14 @@ class Trainer:
         kl_weight = config.kl_weight_at(epoch)
         ema_weight = 1 - ema_decay(position.step, config.ema)
         options = self.state.optimizer.param_groups[0]
-        if self._on_gpu:  # in place, where a captured step finds them
+        if isinstance(options["lr"], Tensor):  # in place, where a captured step finds it
             options["lr"].fill_(lr)
+        else:
+            options["lr"] = lr
+        if self._on_gpu:
             self.kl_weight.fill_(kl_weight)  # type: ignore[union-attr]  # tensors here
             self.ema_weight.fill_(ema_weight)  # type: ignore[union-attr]
         else:
-            options["lr"] = lr
             self.kl_weight = kl_weight
             self.ema_weight = ema_weight
         self._seed_step()
@@ -528,6 +535,12 @@ class Trainer:
         """Set the random state to that of the next step."""
         position = self.state.position
         seed_generators(self.device, self.config.seed, position.epoch, position.batch, get_rank())
+
+    def _number_in_place(self) -> float | Tensor:
+        """A number that changes from step to step; on a GPU a float32 tensor, whatever torch's default dtype is."""
+        if not self._on_gpu:
+            return 0.0
+        return torch.zeros((), device=self.device, dtype=torch.float32)
 
     def _build_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return self.config.optimizer_config.build(parameters, self.config.lr, self.device)
