@@ -1400,8 +1400,9 @@ def spread(trials: list, count: int) -> list:
 
 def planned(stage: Stage, options: argparse.Namespace) -> list[tuple[str, str, Act]]:
     """Every trial that the options ask for: its kind, its case, what is to be done."""
-    plans = {"kills": partial(planned_kills, count=options.kills), **PLANS}
-    todo = []
+    kills = partial(planned_kills, count=options.kills)
+    plans: dict[str, Callable[[Stage], Plan]] = {"kills": kills, **PLANS}
+    todo: list[tuple[str, str, Act]] = []
     for kind, plan in plans.items():
         if kind not in options.only.split(","):
             continue
