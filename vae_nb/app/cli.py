@@ -386,7 +386,8 @@ def ending_in_words(trainer: "Trainer", stop_signal: signal.Signals | None) -> s
     most = counted(config.epochs, "epoch")
     if not trainer.finished:
         name = "a hook" if stop_signal is None else stop_signal.name
-        reason = f"stopped by {SIGNAL_NAMES.get(name, name)} after {n_epochs:,} of at most {most}"
+        epoch = history[-1]["epoch"]
+        reason = f"stopped by {SIGNAL_NAMES.get(name, name)} in epoch {epoch:,} of at most {config.epochs:,}"
     elif n_epochs < config.epochs:
         reason = (
             f"ended after {n_epochs:,} of at most {most}: "
@@ -1114,7 +1115,7 @@ def samples_path(run: Path, n: int, mean: bool, label: int | None, seed: int) ->
 
 def check_sample_size(model: "VAE", n: int, is_picture: bool) -> None:
     """Raise ValueError where n samples are too many for a picture, or for the memory."""
-    from vae_nb.data.readers import check_memory
+    from vae_nb.data.readers import memory_limit
 
     if is_picture and n > MAX_PICTURE_SAMPLES:
         raise ValueError(
@@ -1123,7 +1124,13 @@ def check_sample_size(model: "VAE", n: int, is_picture: bool) -> None:
         )
     assert model.config is not None
     n_numbers = n * (math.prod(model.config["shape"]) + n_condition_of(model))
-    check_memory(f"{n:,} samples", 3 * 4 * n_numbers)  # in pieces, as an array, as a file
+    gigabytes = 3 * 4 * n_numbers / 1e9  # in pieces, as an array, as a file
+    allowed = memory_limit() / 1e9
+    if gigabytes > allowed:
+        raise ValueError(
+            f"{n:,} samples take {gigabytes:,.3g} GB of memory, and {allowed:,.3g} GB are allowed "
+            "here: choose a smaller --n"
+        )
 
 
 def sample_condition(run: Path, model: "VAE", n: int, label: int | None) -> "Tensor | None":
