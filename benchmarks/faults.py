@@ -9,7 +9,7 @@
 kills        SIGKILL at a random moment from config.json to the end; one in eight before config.json. Half of the runs
              save after every step, so that kills fall into writes. A third is killed again after resuming. Others are
              killed in a certain phase: in the write of a checkpoint, in the validation, in the report, …
-signals      Ctrl-C (SIGINT), SIGTERM and SIGHUP, once and twice, in runs that save nothing by themselves: the exit code
+interrupts   Ctrl-C (SIGINT), SIGTERM and SIGHUP, once and twice, in runs that save nothing by themselves: the exit code
              is 128 + the signal's number, model and report are written.
 races        Two processes on one run folder at once: one goes on, the other ends with code 2 and one sentence.
 strangers    Runs that fail early, beside files of others in their folder: these stay.
@@ -655,7 +655,11 @@ def interrupt_start_up(stage: Stage, sign: signal.Signals, trial: Trial) -> None
     run = stage.run_of(trial)
     startup, _ = stage.times[NEVER]
     trial.moments = [stage.rng_of(trial).uniform(0.1, 0.6) * startup]
-    event = (lambda: True, partial(Job.hit, seconds=trial.moments[0], sign=sign))
+
+    def at_once() -> bool:
+        return True
+
+    event = (at_once, partial(Job.hit, seconds=trial.moments[0], sign=sign))
     hurt(run, NEVER, trial, (-sign, 128 + sign), event)
     finish(stage, run, NEVER, trial)
 
@@ -670,7 +674,7 @@ def interrupt_repeatedly(stage: Stage, trial: Trial) -> None:
     finish(stage, run, NEVER, trial)
 
 
-def planned_signals(stage: Stage) -> Plan:
+def planned_interrupts(stage: Stage) -> Plan:
     """Each signal in training and report, once and twice."""
     places: dict[signal.Signals, list[int | str]] = {
         signal.SIGTERM: [1, 2, 5, 9, 14, 18, 23, 29, 34, "report", "figures"],
@@ -682,14 +686,18 @@ def planned_signals(stage: Stage) -> Plan:
         for place in places[sign]:
             where = f"epoch {place}" if isinstance(place, int) else f"the {place}"
             act = partial(interrupt, stage, sign, place, None)
-            yield "signals", f"{name} in {where}", act
+            yield "interrupts", f"{name} in {where}", act
     for sign, place, gap in twice:
         case = f"{SIGNAL_NAMES[sign]} in epoch {place} and {gap} s on"
-        yield "signals", case, partial(interrupt, stage, sign, place, gap)
+        yield "interrupts", case, partial(interrupt, stage, sign, place, gap)
     for sign in (signal.SIGTERM, signal.SIGHUP):
         case = f"{SIGNAL_NAMES[sign]} before anything is trained"
-        yield "signals", case, partial(interrupt_start_up, stage, sign)
-    yield "signals", "SIGTERM three times, resumed each time", partial(interrupt_repeatedly, stage)
+        yield "interrupts", case, partial(interrupt_start_up, stage, sign)
+    yield (
+        "interrupts",
+        "SIGTERM three times, resumed each time",
+        partial(interrupt_repeatedly, stage),
+    )
 
 
 # Races.
@@ -1380,7 +1388,7 @@ def rehearsal(stage: Stage) -> Plan:
 
 
 PLANS: dict[str, Callable[[Stage], Plan]] = {
-    "signals": planned_signals,
+    "interrupts": planned_interrupts,
     "races": planned_races,
     "strangers": planned_strangers,
     "outputs": planned_outputs,
@@ -1528,7 +1536,8 @@ def main() -> int:
         print(line_about(trial).replace(f"{folder}/", ""))
     summary = summary_of(trials)
     for kind, counts in summary.items():
-        print(f"{kind:<11}", ", ".join(f"{count} {name}" for name, count in counts.items()))
+        words = [f"{count} {name}" for name, count in counts.items() if count or name == "failed"]
+        print(f"{kind:<11}", ", ".join(words))
     content = {
         **surroundings(),
         "seconds": round(time.monotonic() - begun),
