@@ -1442,11 +1442,16 @@ def launched_group() -> Iterator[None]:
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():  # no launcher: PyTorch can wait
         yield
         return
+    import torch
+
     from vae_nb.base.processes import get_rank, process_group
 
+    # before the options are read: a GPU must not be touched by a command that says not to
+    words = " ".join(sys.argv[1:]).replace("--device=", "--device ")
+    device = torch.device("cpu") if "--device cpu" in words else None
     with ExitStack() as stack:
         try:
-            stack.enter_context(process_group())
+            stack.enter_context(process_group(device))
         except (ValueError, OSError, RuntimeError) as e:
             print_error(one_line(e))
             sys.exit(2 if isinstance(e, ValueError) else 1)

@@ -282,4 +282,5 @@ def tuned_runtime(
         try:
             yield
         finally:
-            torch.set_num_threads(threads)
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)

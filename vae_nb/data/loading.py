@@ -6,6 +6,7 @@
 __all__ = ['DTYPE_LIKELIHOODS', 'MAPPED_HELD_OUT', 'N_TRAIN_AND_VALID', 'load_data', 'load_items']
 
 # %% ../../nbs/data/33_loading.ipynb #90511dfc
+import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -148,14 +149,25 @@ def _validate_labels(labels: Any, n: int) -> np.ndarray | None:
 # %% ../../nbs/data/33_loading.ipynb #93c0dc5b
 def _load_digits(seed: int, n_valid: int) -> Data:
     """Load scikit-learn's digits, 300 of them as the test set."""
-    from sklearn.datasets import load_digits
-
-    x, labels = load_digits(return_X_y=True)
-    images = x.reshape(-1, 8, 8).astype(np.uint8)
+    images, labels = _digits_arrays()
     fields: dict[str, Any] = _split_arrays(
         images, labels, n_valid, n_test=300, seed=seed, dtype=np.uint8
     )
     return Data("digits", **fields, likelihood="binomial", total=16)
+
+
+def _digits_arrays() -> tuple[np.ndarray, np.ndarray]:
+    """Scikit-learn's digits (1797, 8, 8), whole numbers 0 … 16, and their labels (1797,)."""
+    package = importlib.util.find_spec("sklearn")
+    if package is not None and package.origin is not None:
+        file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+            return table[:, :64].reshape(-1, 8, 8), table[:, 64].astype(np.int64)
+    from sklearn.datasets import load_digits
+
+    x, labels = load_digits(return_X_y=True)
+    return x.reshape(-1, 8, 8).astype(np.uint8), labels
 
 # %% ../../nbs/data/33_loading.ipynb #548c9b65
 def _cache_folder() -> Path:

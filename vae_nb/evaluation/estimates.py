@@ -19,9 +19,14 @@ from torch.distributions import Distribution, MixtureSameFamily
 from tqdm.auto import tqdm
 
 from ..base.arguments import as_int
-from ..base.devices import BATCH_ROWS, device_and_dtype, retain_freed_memory
+from ..base.devices import BATCH_ROWS, device_and_dtype, tuned_runtime
 from ..base.processes import all_gather, get_rank, get_world_size
-from ..base.seeding import NOISE_LOCK, as_seed, seed_generators
+from vae_nb.base.seeding import (
+    NOISE_LOCK,
+    as_seed,
+    restored_random_states,
+    seed_generators,
+)
 from ..derivation.densities import log_mean_exp
 from ..derivation.elbo import Terms, distortion, elbo, log_terms, rate
 from ..derivation.evidence import LatentModel
@@ -32,10 +37,10 @@ from ..model.vae import as_real_tensor
 # %% ../../nbs/evaluation/35_estimates.ipynb #29fc6d77
 @contextmanager
 def evaluation_mode(model: nn.Module, seed: int) -> Iterator[None]:
-    """Evaluate a model within a `with`: no gradients, evaluation mode, noise from a seed.
+    """Evaluate a model within a `with`: no gradients, evaluation mode, noise from a seed, all bits of float32.
 
-    Afterwards the modes of its modules, and the random states of the devices in use, are as they were. Other threads
-    that draw noise for a seed wait.
+    Afterwards the modes of its modules, torch's settings of precision, and the random states of the devices in use,
+    are as they were. Other threads that draw noise for a seed wait.
 
     Args:
         model: any module.
@@ -43,7 +48,12 @@ def evaluation_mode(model: nn.Module, seed: int) -> Iterator[None]:
     """
     seed = as_seed(seed)
     device, _ = device_and_dtype(model)
-    with NOISE_LOCK, torch.no_grad(), _restored_random_states(device):
+    with (
+        NOISE_LOCK,
+        torch.no_grad(),
+        tuned_runtime(device),
+        restored_random_states(device),
+    ):
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed_all(seed)
@@ -56,22 +66,6 @@ def evaluation_mode(model: nn.Module, seed: int) -> Iterator[None]:
         finally:
             for module, training in was_training.items():
                 module.training = training
-
-
-@contextmanager
-def _restored_random_states(device: torch.device) -> Iterator[None]:
-    """Restore the random states of the CPU, of CUDA where it is in use, and of MPS where the model is."""
-    cpu_state = torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(cpu_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
-        if mps_state is not None:
-            torch.mps.set_rng_state(mps_state)
 
 # %% ../../nbs/evaluation/35_estimates.ipynb #bab62dba
 def iter_batches(
@@ -169,7 +163,6 @@ def iter_log_terms(
     Yields:
         Log densities (k, batch) in nats, float64 on the CPU; z is left out (empty).
     """
-    retain_freed_memory()
     device, _ = device_and_dtype(model)
     first_condition = None if condition is None else condition[:1]
     _, *first_condition_args = next(iter_batches(model, x[:1], first_condition))

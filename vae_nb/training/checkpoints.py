@@ -250,6 +250,13 @@ class TrainState:
         for parameter, average in zip(self.parameters, self.averages, strict=True):
             parameter.data, average.data = average.data, parameter.data
 
+    def is_finite(self) -> bool:
+        """Whether all that is trained is finite: parameters, averages, moments, the sum. Buffers may hold infinities."""
+        tensors = [*self.parameters, *self.averages, self.elbo_sum]
+        for parameter in self.parameters:
+            tensors += self.optimizer.state[parameter].values()
+        return all(bool(t.isfinite().all()) for t in tensors)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of all tensors, on the CPU."""
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
@@ -258,7 +265,7 @@ class TrainState:
         for i, parameter in enumerate(self.parameters):
             moments = self.optimizer.state[parameter]
             tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
-        tensors["total"] = self.elbo_sum
+        tensors["elbo_sum"] = self.elbo_sum
         return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
 
     def load_state_dict(self, tensors: dict[str, Tensor], position: Position) -> None:
@@ -269,7 +276,7 @@ class TrainState:
             average.copy_(tensors[f"average.{i}"])
         for i, parameter in enumerate(self.parameters):
             self._load_moments(parameter, _with_prefix(tensors, f"optimizer.{i}"))
-        self.elbo_sum.copy_(tensors["total"])
+        self.elbo_sum.copy_(tensors["elbo_sum"])
         self.position = position
 
     def _load_moments(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> None:

@@ -91,9 +91,14 @@ class RunConfig:
 
         Raises:
             FileNotFoundError: where there is none.
-            ValueError: for a damaged one, one of another format, and one of a model that is no run.
+            ValueError: for a damaged one, one of an earlier format, and one of a model that is no run.
         """
         entries = read_config(folder)
+        if entries["format"] != CONFIG_VERSION:
+            raise ValueError(
+                f"config.json in {str(folder)!r} is of an earlier version of vae_nb (format {entries['format']}): "
+                "its model can be loaded, but its training is not known well enough to go on with; train anew"
+            )
         names = [f.name for f in fields(cls)]
         missing = [name for name in names if name not in entries]
         if missing:
@@ -224,18 +229,18 @@ class Run:
 
     def remove_files(self) -> None:
         """Remove what a run writes, by name, and the folder itself if this object made it and nothing else is in it."""
-        for path in (self.config_file, self.metrics_file, self._lock_file):
+        for path in (self.config_file, self.metrics_file):
             path.unlink(missing_ok=True)
         for path in self.checkpoint_folder.glob("*.safetensors"):
             path.unlink(missing_ok=True)
         for path in self.tensorboard_folder.glob("events.out.tfevents.*"):
             path.unlink(missing_ok=True)
-        made = [self.checkpoint_folder, self.tensorboard_folder]
+        for path in (self.checkpoint_folder, self.tensorboard_folder):
+            _remove_if_empty(path)
+        # last: until here no other process may begin a training
+        self._lock_file.unlink(missing_ok=True)
         if self._made_folder:
-            made.append(self.folder)
-        for path in made:
-            with suppress(OSError):  # it is not there, or others have put something into it
-                path.rmdir()
+            _remove_if_empty(self.folder)
 
     def create(self, config: RunConfig) -> None:
         """Write config.json of a training that begins."""
@@ -294,6 +299,12 @@ class Run:
     def has_checkpoint(self) -> bool:
         """Whether there is any checkpoint, usable or not."""
         return any(self.checkpoint_folder.glob("*.safetensors"))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a folder if it is there and nothing is in it."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _line_of(record: dict[str, Any]) -> bytes:

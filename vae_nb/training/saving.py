@@ -248,7 +248,7 @@ def _read_weights(folder: Path, digest: str | None) -> dict[str, Tensor]:
         with suppress(FileNotFoundError):
             content = path.read_bytes()
             if digest is None or _sha256(content) == digest:
-                return _tensors_of(path, content)
+                return _tensors_of(path, content, is_proved=digest is not None)
     path = folder / WEIGHTS_FILE
     if content is None:
         raise FileNotFoundError(
@@ -260,14 +260,23 @@ def _read_weights(folder: Path, digest: str | None) -> dict[str, Tensor]:
     )
 
 
-def _tensors_of(path: Path, content: bytes) -> dict[str, Tensor]:
-    """The tensors of a file's content. Raises ValueError where it is damaged or holds NaN or infinities."""
+def _tensors_of(path: Path, content: bytes, is_proved: bool) -> dict[str, Tensor]:
+    """The tensors of a file's content.
+
+    Args:
+        path: of the file, for errors.
+        content: its bytes.
+        is_proved: whether they are, by their digest, those that were saved; then a buffer may hold infinities.
+
+    Raises:
+        ValueError: where it is damaged, or holds NaN or infinities.
+    """
     try:
         tensors = load_tensors(content)
     except SafetensorError as e:
         raise ValueError(f"{str(path)!r} is damaged: {e}") from e
     for name, t in tensors.items():
-        if t.is_floating_point() and not t.isfinite().all():
+        if t.is_floating_point() and (t.isnan() if is_proved else ~t.isfinite()).any():
             raise ValueError(f"{str(path)!r} is damaged: {name!r} holds NaN or infinities")
     return tensors
 

@@ -23,14 +23,16 @@ from torch import Tensor, nn
 
 from ..base.devices import BATCH_ROWS, resolve_device, resolve_precision, tuned_runtime
 from vae_nb.base.processes import (
+    all_gather,
     average_gradients,
     broadcast_weights,
     get_rank,
     get_world_size,
+    launched_rank,
     process_group,
 )
 from ..base.provenance import environment
-from ..base.seeding import NOISE_LOCK, seed_generators
+from ..base.seeding import NOISE_LOCK, restored_random_states, seed_generators
 from ..data.dataset import Data
 from ..data.minibatches import Minibatches
 from ..derivation.elbo import Terms, elbo
@@ -137,11 +139,12 @@ class Trainer:
         self.stopping = False
         self.checkpoint: Checkpoint | None = None
         self.hooks: list[Hook] = []
-        self._position = Position()
+        self._position = Position()  # of the state, and before there is one
+        self._started: float | None = None
         self._is_resumed = False
         self._threads: int | None = None
-        # before there is a process group, the launcher's variable tells which process this is
-        if self.run is not None and os.environ.get("RANK", "0") == "0":
+        # before there is a process group, the launcher's variables tell which process this is
+        if self.run is not None and launched_rank() == 0:
             self.run.check_new()
         if start:
             load(start, model)
@@ -154,14 +157,18 @@ class Trainer:
     ) -> list[Record]:
         """Train from the weights at hand, or go on where the run was; a signal (Ctrl-C) ends it early and in order.
 
+        Without a run, a second call begins again with epoch 1, from the weights at hand and with a new optimiser.
+
         Args:
             progress: whether to show a progress bar.
-            on_epoch: called with the record of each epoch.
-            hooks: functions hook(trainer, record), called after each step with None and after each epoch with its record.
+            on_epoch: called with the record of each epoch, also of one that was cut off.
+            hooks: functions hook(trainer, record), called after each step with None and after each epoch with its record,
+                also of one that was cut off (then `epoch_is_complete(trainer)` is false).
 
         Returns:
-            `history`, a record for each epoch: epoch, train_elbo, valid_elbo, valid_rate, valid_bound (by which the best
-            weights are chosen), kl_by_latent (where it has a closed form), in nats per example, and seconds.
+            `history`, a record for each epoch, in nats per example: epoch, train_elbo, valid_elbo, valid_rate (the KL
+            divergence), valid_bound (of the objective, with the final beta and without free bits: by it the best weights
+            are chosen), kl_by_latent (where it has a closed form); and seconds.
 
         Raises:
             FloatingPointError: if a bound is not finite.
@@ -180,12 +187,13 @@ class Trainer:
                     record = self.validate()
                     self.finish_epoch(record)
                     self._call_hooks(record)
+                    self.stopping = any(all_gather(self.stopping))
                 if epoch_is_complete(self):
                     self.save_checkpoint()
             finally:
                 bar.close()
                 self.stop_signal = request.signal if self.stopping else None
-                self._position = self.state.position
+                self._stop_clock()
                 self.model.load_state_dict(self.state.best_weights)
                 self.model.eval()
         return self.history
@@ -235,7 +243,7 @@ class Trainer:
         state.elbo_sum += elbo_sum
 
     def validate(self) -> Record:
-        """Evaluate the present weights, or their averages, on the validation set; keep them if they are the best so far.
+        """Evaluate the present weights, or their averages if there are any, on the validation set.
 
         Returns:
             The record of the epoch: see `fit`.
@@ -253,7 +261,6 @@ class Trainer:
             kls = kl_by_latent(
                 self.model, self.valid[some], None if condition is None else condition[some]
             )
-            weights = state.copy_weights()
         valid_elbo = estimates.elbo.mean().item()
         valid_rate = estimates.rate.mean().item()
         if self.has_kl_weight:
@@ -264,8 +271,6 @@ class Trainer:
         train_elbo = state.elbo_sum.item() / seen
         if not math.isfinite(train_elbo + valid_elbo):
             raise nonfinite_error(self)
-        if state.position.best_bound is None or valid_bound > state.position.best_bound:
-            state.best_weights = weights
         return {
             "epoch": state.position.epoch,
             "train_elbo": train_elbo,
@@ -277,13 +282,15 @@ class Trainer:
         }
 
     def finish_epoch(self, record: Record) -> None:
-        """Take a record into the history, note whether it is the best, and go to the next epoch if this one is complete."""
+        """Take a record into the history, keep the weights if it is the best, go to the next epoch if this one is complete."""
         self.history.append(record)
         position = self.state.position
         bound = record["valid_bound"]
         if position.best_bound is None or bound > position.best_bound:
             position.best_bound = bound
             position.epochs_since_best = 0
+            with self.state.averaged_weights():
+                self.state.best_weights = self.state.copy_weights()
         elif record["epoch"] > self.config.kl_warmup_end:
             position.epochs_since_best += 1
         if position.batch == self.n_batches:
@@ -331,8 +338,9 @@ class Trainer:
                 self.state.parameters,
             )
         self.stopping = False
-        self._started = time.perf_counter()
         self._open_run()
+        self._position = self.state.position
+        self._started = time.perf_counter()
         self.history = list(self.state.history)
 
     def prepare_step(self) -> None:
@@ -376,7 +384,11 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
 
     def stop(self) -> None:
-        """End the training after the present step or epoch; for hooks."""
+        """End the training after the present step or epoch; for hooks.
+
+        Several processes stop together after an epoch if one of them wants to; in the middle of an epoch all of them have
+        to call this after the same step.
+        """
         self.stopping = True
 
     def save_checkpoint(self) -> None:
@@ -387,7 +399,7 @@ class Trainer:
             OSError: if it cannot be written.
         """
         checkpoint = self._checkpoint()
-        if not all(t.isfinite().all() for t in checkpoint.tensors.values()):
+        if not self.state.is_finite():
             raise nonfinite_error(self)
         self.last_finite = checkpoint
         if self.run is not None and get_rank() == 0:
@@ -395,7 +407,14 @@ class Trainer:
 
     def seconds(self) -> float:
         """Seconds of training so far, those before a restart included."""
-        return self.state.position.seconds + time.perf_counter() - self._started
+        seconds = self._position.seconds
+        if self._started is not None:
+            seconds += time.perf_counter() - self._started
+        return seconds
+
+    def _stop_clock(self) -> None:
+        self._position.seconds = self.seconds()
+        self._started = None
 
     @property
     def finished(self) -> bool:
@@ -432,10 +451,8 @@ class Trainer:
         if data is None:
             data = load_run_data(run.folder)
         train_config = config.train_config()
-        # a run that was cut off before its first checkpoint starts as it did
-        torch.manual_seed(train_config.seed)
         if model is None:
-            model = _model_of_run(run, config, data)
+            model = _model_of_run(run, config, data, train_config.seed)
         _check_same_run(run, config, RunConfig.describe(model, data, train_config, config.start))
         checkpoint = run.latest_checkpoint()
         if checkpoint is not None:
@@ -456,19 +473,16 @@ class Trainer:
         """Processes, signals, lock of the run, threads and precision as training wants them; afterwards all as before."""
         device = resolve_device(self.config.device)
         precision = resolve_precision(self.config.precision, device)
-        random_state = torch.get_rng_state()
         with (
             process_group(device),
             stop_on_signals() as request,
             self._lock(),
             tuned_runtime(device, self._operations_per_step(), precision),
+            restored_random_states(device),
         ):
             if self._threads is not None:  # of the run that goes on: its bits depend on them
                 torch.set_num_threads(self._threads)
-            try:
-                yield request
-            finally:
-                torch.set_rng_state(random_state)
+            yield request
 
     def _lock(self) -> AbstractContextManager:
         """The lock of the run's folder; in the first process only, which alone writes."""
@@ -554,12 +568,17 @@ class Trainer:
         return 6 * self.config.batch_size * self.config.k * uses
 
 
-def _model_of_run(run: Run, config: RunConfig, data: Data) -> nn.Module:
+def _model_of_run(run: Run, config: RunConfig, data: Data, seed: int) -> nn.Module:
     """The untrained model that a run began with. Raises ValueError where it was made of custom modules."""
     if config.model is None:
         raise ValueError(f"{str(run)!r} trains custom modules: give model=")
     spec = data.spec
-    return model_from_config(run.folder, config.model, mean=spec["mean"], examples=spec["examples"])
+    # a run that was cut off before its first checkpoint starts as it did
+    with NOISE_LOCK, restored_random_states(torch.device("cpu")):
+        torch.manual_seed(seed)
+        return model_from_config(
+            run.folder, config.model, mean=spec["mean"], examples=spec["examples"]
+        )
 
 
 def _check_same_run(run: Run, config: RunConfig, expected: RunConfig) -> None:
