@@ -46,6 +46,7 @@ from vae_nb.app.options import (
     Beta,
     Binarize,
     Browser,
+    Compile,
     Conditional,
     DataDir,
     DataName,
@@ -780,7 +781,16 @@ def start_run(trainer: "Trainer", out: Path | None, name: str, recipe: str | Non
     train_and_report(trainer, is_new=True, recipe=recipe)
 
 # %% ../../nbs/app/59_cli.ipynb #1f44b224
-RECIPE_OPTIONS = ("recipe", "data_dir", "device", "precision", "seed", "start", "out")
+RECIPE_OPTIONS = (
+    "recipe",
+    "data_dir",
+    "device",
+    "precision",
+    "compile",
+    "seed",
+    "start",
+    "out",
+)
 
 
 def check_recipe_start(name: str, recipe: "Recipe", start: Path | None) -> None:
@@ -835,7 +845,8 @@ def train_recipe(
         config = replace(recipe.train, **settings)
         data = recipe.load(data_dir)
         torch.manual_seed(config.seed)
-        trainer = Trainer(recipe.build(data), data, config, start=start)
+        compile = context.params["compile"]
+        trainer = Trainer(recipe.build(data), data, config, start=start, compile=compile)
     start_run(trainer, out, name, recipe=name)
 
 # %% ../../nbs/app/59_cli.ipynb #7248c301
@@ -910,6 +921,7 @@ def new_trainer(
     data_options: dict[str, Any],
     model_options: dict[str, Any],
     start: Path | None,
+    compile: str = TrainDefaults.compile,
 ) -> "Trainer":
     """Load the data and build the model of a new run.
 
@@ -918,6 +930,7 @@ def new_trainer(
         data_options: arguments of `load_data`; the digits have no folder.
         model_options: arguments of `build_model`.
         start: fine-tuning: the run to begin with; None for random weights.
+        compile: whether steps are compiled: auto, on or off.
     """
     from vae_nb.data.loading import load_data
     from vae_nb.training.trainer import Trainer
@@ -926,7 +939,7 @@ def new_trainer(
         data_options = {**data_options, "root": None}
     data = load_data(**data_options)
     model = build_model(data, config.seed, **model_options)
-    return Trainer(model, data, config, start=start)
+    return Trainer(model, data, config, start=start, compile=compile)
 
 # %% ../../nbs/app/59_cli.ipynb #2938bc71
 @app.command(cls=GroupedHelp)
@@ -953,6 +966,7 @@ def train(  # noqa: PLR0913 (the options)
     patience: Patience = TrainDefaults.patience,
     precision: Precision = TrainDefaults.precision,
     device: Device = TrainDefaults.device,
+    compile: Compile = TrainDefaults.compile,
     seed: Seed = TrainDefaults.seed,
     start: InitFrom = None,
     out: OutFolder = None,
@@ -986,7 +1000,7 @@ def train(  # noqa: PLR0913 (the options)
         check_new_folder(out)
         config = train_config(sizes, beta, kl_warmup, **optimisation, **settings)
         options = model_options(sizes, hidden, network, **distributions)
-        trainer = new_trainer(config, data_options, options, start)
+        trainer = new_trainer(config, data_options, options, start, compile)
     start_run(trainer, out, trainer.data.name)
 
 # %% ../../nbs/app/59_cli.ipynb #2769009e

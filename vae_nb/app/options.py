@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['DATA_SET_NAMES', 'SPLIT_NAMES', 'BINARIZE_NAMES', 'NETWORK_NAMES', 'LIKELIHOOD_NAMES', 'POSTERIOR_NAMES',
-           'PRIOR_NAMES', 'OBJECTIVE_NAMES', 'PRECISION_NAMES', 'PRETRAINED_NAMES', 'DIGITS_SIZES', 'OTHER_SIZES',
-           'MAX_SHOWN', 'DataName', 'DataDir', 'Binarize', 'Conditional', 'LatentDim', 'NetworkName', 'Hidden',
-           'LikelihoodName', 'PosteriorName', 'PriorName', 'ObjectiveName', 'Samples', 'Beta', 'Warmup', 'Epochs',
-           'BatchSize', 'LearningRate', 'EmaDecay', 'Patience', 'Precision', 'Device', 'Seed', 'InitFrom', 'OutFolder',
-           'RecipeName', 'Resume', 'RunFolder', 'Split', 'DataPath', 'SampleSeed', 'Port', 'Browser', 'TrainDefaults',
-           'Sizes', 'default_sizes', 'text_option', 'number_parser', 'number_option', 'nonempty_path', 'path_option',
-           'run_folder', 'one_of', 'default_help', 'GroupedHelp']
+           'PRIOR_NAMES', 'OBJECTIVE_NAMES', 'PRECISION_NAMES', 'COMPILE_NAMES', 'PRETRAINED_NAMES', 'DIGITS_SIZES',
+           'OTHER_SIZES', 'MAX_SHOWN', 'DataName', 'DataDir', 'Binarize', 'Conditional', 'LatentDim', 'NetworkName',
+           'Hidden', 'LikelihoodName', 'PosteriorName', 'PriorName', 'ObjectiveName', 'Samples', 'Beta', 'Warmup',
+           'Epochs', 'BatchSize', 'LearningRate', 'EmaDecay', 'Patience', 'Precision', 'Device', 'Compile', 'Seed',
+           'InitFrom', 'OutFolder', 'RecipeName', 'Resume', 'RunFolder', 'Split', 'DataPath', 'SampleSeed', 'Port',
+           'Browser', 'TrainDefaults', 'Sizes', 'default_sizes', 'text_option', 'number_parser', 'number_option',
+           'nonempty_path', 'path_option', 'run_folder', 'one_of', 'default_help', 'GroupedHelp']
 
 # %% ../../nbs/app/58_options.ipynb #c5540e6e
 from collections.abc import Callable, Iterable
@@ -39,12 +39,13 @@ POSTERIOR_NAMES = ("diagonal", "full", "iaf", "nsf")
 PRIOR_NAMES = ("standard", "mixture", "vamp", "flow", "conditional")
 OBJECTIVE_NAMES = ("elbo", "stl", "iwae", "dreg", "tvo")
 PRECISION_NAMES = ("auto", "float32", "tf32", "bf16")
+COMPILE_NAMES = ("auto", "on", "off")
 PRETRAINED_NAMES = ("digits", "mnist")
 
 # %% ../../nbs/app/58_options.ipynb #2d7245f9
 @dataclass(frozen=True)
 class TrainDefaults:
-    """Default values of the options of `vae_nb train`: those of TrainConfig, KLWeight and build_vae."""
+    """Default values of the options of `vae_nb train`: those of TrainConfig, Trainer, KLWeight and build_vae."""
 
     network: str = "mlp"
     posterior: str = "diagonal"
@@ -58,6 +59,7 @@ class TrainDefaults:
     patience: int = 20
     precision: str = "auto"
     device: str = "auto"
+    compile: str = "auto"
     seed: int = 0
 
 
@@ -273,6 +275,14 @@ Precision = Annotated[
     ),
 ]
 Device = Annotated[str, text_option("Device: auto, cpu, cuda, cuda:0, … or mps.", "Run")]
+Compile = Annotated[
+    str,
+    text_option(
+        f"Whether steps are compiled: {one_of(COMPILE_NAMES)}. Needs a C++ compiler and some ten "
+        "seconds, and makes each step on a CPU faster; auto: if the training is long enough.",
+        "Run",
+    ),
+]
 Seed = Annotated[
     int,
     number_option(
@@ -297,7 +307,7 @@ RecipeName = Annotated[
     str | None,
     text_option(
         "Published experiment: see vae_nb recipes. It sets all other options except --data-dir, "
-        "--device, --precision, --seed, --start and --out.",
+        "--device, --precision, --compile, --seed, --start and --out.",
         "Run",
     ),
 ]

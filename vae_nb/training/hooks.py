@@ -38,6 +38,7 @@ class Training(Protocol):
         run: the folder; None where nothing is to be written.
         state: all that changes, the position and the history among it.
         n_batches: minibatches in an epoch.
+        compiles: whether steps are compiled, which makes the first one a long one.
         has_kl_weight: whether the objective weighs the rate; otherwise it is a bound with several samples.
     """
 
@@ -46,6 +47,7 @@ class Training(Protocol):
     run: Run | None
     state: TrainState
     n_batches: int
+    compiles: bool
     has_kl_weight: bool
 
     def stop(self) -> None:
@@ -73,6 +75,7 @@ class ProgressBar:
     def __init__(self, shown: bool = True) -> None:
         self.shown = shown and get_rank() == 0
         self.bar: tqdm | None = None
+        self._names_epoch = False
 
     def __call__(self, trainer: Training, record: Record | None) -> None:
         """Move by a step, or show an epoch's bounds."""
@@ -87,12 +90,12 @@ class ProgressBar:
         """Draw the bar at the training's present position."""
         if not self.shown:
             return
-        epochs = trainer.config.epochs
+        self._names_epoch = not trainer.compiles
         try:
             self.bar = tqdm(
-                total=epochs * trainer.n_batches,
+                total=trainer.config.epochs * trainer.n_batches,
                 initial=trainer.state.position.step,
-                desc=f"epoch {min(trainer.state.position.epoch, epochs)}/{epochs}",
+                desc=_epoch_in_words(trainer) if self._names_epoch else "compiling",
                 bar_format="{desc} |{bar}| {remaining} left{postfix}",
             )
         except OSError:
@@ -112,12 +115,16 @@ class ProgressBar:
             return
         if record is None:
             bar.update()
-            return
-        epochs = trainer.config.epochs
-        bar.set_description_str(
-            f"epoch {min(trainer.state.position.epoch, epochs)}/{epochs}", False
-        )
-        bar.set_postfix_str(_bounds_in_words(trainer, record))
+        if record is not None or not self._names_epoch:
+            bar.set_description_str(_epoch_in_words(trainer), False)
+            self._names_epoch = True
+        if record is not None:
+            bar.set_postfix_str(_bounds_in_words(trainer, record))
+
+
+def _epoch_in_words(trainer: Training) -> str:
+    epochs = trainer.config.epochs
+    return f"epoch {min(trainer.state.position.epoch, epochs)}/{epochs}"
 
 
 def _bounds_in_words(trainer: Training, record: Record) -> str:
