@@ -565,6 +565,10 @@ class Failure(NamedTuple):
 
 def failure_of(error: BaseException, run: "Run") -> Failure:
     """An error, that ended a training in this folder or what comes after it, in words."""
+    if isinstance(error, RuntimeError) and "closed by peer" in str(error):
+        return Failure(
+            "another process of this training has ended: what it says is the reason", True
+        )
     if not isinstance(error, OSError):
         return Failure(first_line(error), is_temporary=False)
     if not run.folder.exists():
