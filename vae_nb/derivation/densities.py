@@ -124,6 +124,8 @@ _BLOCK_ELEMENTS = 2**17  # half a megabyte of float32, which a processor's cache
 
 def _minus_softplus(logits: Tensor) -> Tensor:
     """Compute -log(1 + exp(logits)) of contiguous logits, in blocks that stay in a processor's cache."""
+    if torch.compiler.is_compiling():  # the compiler makes a single loop of it
+        return logits.abs().sigmoid().log() - logits.relu()
     out = torch.empty_like(logits)
     blocks = [(logits, out)]
     if logits.numel() > _BLOCK_ELEMENTS:

@@ -44,14 +44,21 @@ def obstacle_to_compilation(device: torch.device, n_processes: int) -> str | Non
     return None
 
 
-def resolve_compile(compile: str, device: torch.device, n_processes: int, n_steps: int) -> bool:
+def resolve_compile(
+    compile: str,
+    device: torch.device,
+    n_processes: int,
+    n_steps: int,
+    has_convolutions: bool = False,
+) -> bool:
     """Decide whether the steps of a training are compiled.
 
     Args:
-        compile: on, off, or auto: where it is possible, and the training has COMPILE_STEPS steps.
+        compile: on, off, or auto: where it is possible, and the training has COMPILE_STEPS steps without convolutions.
         device: of the training.
         n_processes: that share its minibatches.
         n_steps: in all epochs.
+        has_convolutions: whether the model has any.
 
     Raises:
         ValueError: for another word, and for "on" where it is not possible.
@@ -61,7 +68,7 @@ def resolve_compile(compile: str, device: torch.device, n_processes: int, n_step
     if wanted and obstacle is not None:
         raise ValueError(f"compile='on': a step cannot be compiled, {obstacle}")
     if wanted is None:
-        return obstacle is None and n_steps >= COMPILE_STEPS
+        return obstacle is None and n_steps >= COMPILE_STEPS and not has_convolutions
     return wanted
 
 # %% ../../nbs/training/48_compilation.ipynb #7c4ea99b

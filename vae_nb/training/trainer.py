@@ -346,8 +346,13 @@ class Trainer:
         self.valid = self.data.valid.to(self.device)
         condition = self.data.condition("valid")
         self.valid_condition = None if condition is None else condition.to(self.device)
-        n_steps = config.epochs * self.n_batches
-        is_compiled = resolve_compile(self.compile, self.device, get_world_size(), n_steps)
+        is_compiled = resolve_compile(
+            self.compile,
+            self.device,
+            get_world_size(),
+            n_steps=config.epochs * self.n_batches,
+            has_convolutions=any(p.ndim == 4 for p in self.model.parameters()),
+        )
         self.compiles = is_compiled
         # what changes from step to step is in tensors; meta: without numbers, to try a GPU's step
         self._in_tensors = is_compiled or self.device.type in ("cuda", "meta")
