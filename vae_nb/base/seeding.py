@@ -62,6 +62,11 @@ def seed_generators(device: torch.device, *position: int) -> None:
     if device.type == "mps":
         torch.mps.manual_seed(seed)
 
+# %% ../../nbs/base/17_seeding.ipynb #920b73e3
+# Held from the seeding of torch's global generators to the last number drawn for that seed, so
+# that trainings and evaluations in threads of one process get the noise of their own seeds.
+NOISE_LOCK = threading.RLock()
+
 # %% ../../nbs/base/17_seeding.ipynb #f3c4d1b8
 @contextmanager
 def restored_random_states(device: torch.device) -> Iterator[None]:
@@ -70,19 +75,16 @@ def restored_random_states(device: torch.device) -> Iterator[None]:
     Args:
         device: where numbers are drawn; MPS has its state restored only if this is it.
     """
-    cpu_state = torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None
+    with NOISE_LOCK:
+        cpu_state = torch.get_rng_state()
+        cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        mps_state = torch.mps.get_rng_state() if device.type == "mps" else None
     try:
         yield
     finally:
-        torch.set_rng_state(cpu_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
-        if mps_state is not None:
-            torch.mps.set_rng_state(mps_state)
-
-# %% ../../nbs/base/17_seeding.ipynb #920b73e3
-# Held from the seeding of torch's global generators to the last number drawn for that seed, so
-# that trainings and evaluations in threads of one process get the noise of their own seeds.
-NOISE_LOCK = threading.RLock()
+        with NOISE_LOCK:
+            torch.set_rng_state(cpu_state)
+            if cuda_states is not None:
+                torch.cuda.set_rng_state_all(cuda_states)
+            if mps_state is not None:
+                torch.mps.set_rng_state(mps_state)

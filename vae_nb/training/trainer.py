@@ -346,36 +346,12 @@ class Trainer:
         self.valid = self.data.valid.to(self.device)
         condition = self.data.condition("valid")
         self.valid_condition = None if condition is None else condition.to(self.device)
-        is_compiled = resolve_compile(
-            self.compile,
-            self.device,
-            get_world_size(),
-            n_steps=config.epochs * self.n_batches,
-            has_convolutions=any(p.ndim == 4 for p in self.model.parameters()),
-        )
-        self.compiles = is_compiled
+        self.compiles = self._decide_compilation()
         # what changes from step to step is in tensors; meta: without numbers, to try a GPU's step
-        self._in_tensors = is_compiled or self.device.type in ("cuda", "meta")
+        self._in_tensors = self.compiles or self.device.type in ("cuda", "meta")
         self.kl_weight = self._number_in_place()
         self.ema_weight = self._number_in_place()
-        self.step: Callable[[list[Tensor], float], None] = self.train_step
-        self.update: Callable[[Sequence[Tensor | None], Tensor], Any] = self.update_weights
-        if is_compiled:
-            self.update = _as_results  # which is done with them outside of what is compiled
-            self.step = CompiledStep(
-                self.train_step,
-                self.update_weights,
-                self.minibatches.batch_size,
-                warns=self.compile == "on",
-            )
-        if self.device.type == "cuda" and get_world_size() == 1:
-            self.step = CapturedStep(
-                self.train_step,
-                self._seed_step,
-                self.device,
-                self.minibatches.batch_size,
-                self.state.parameters,
-            )
+        self._build_step()
         self.stopping = False
         self._open_run()
         self._position = self.state.position
@@ -597,6 +573,36 @@ class Trainer:
         if not self._in_tensors:
             return 0.0
         return torch.zeros((), device=self.device, dtype=torch.float32)
+
+    def _decide_compilation(self) -> bool:
+        return resolve_compile(
+            self.compile,
+            self.device,
+            get_world_size(),
+            n_steps=self.config.epochs * self.n_batches,
+            has_convolutions=any(p.ndim == 4 for p in self.model.parameters()),
+        )
+
+    def _build_step(self) -> None:
+        """Choose how a step is taken: as it is, captured or compiled."""
+        self.step: Callable[[list[Tensor], float], None] = self.train_step
+        self.update: Callable[[Sequence[Tensor | None], Tensor], Any] = self.update_weights
+        if self.compiles:
+            self.update = _as_results  # which is done with them outside of what is compiled
+            self.step = CompiledStep(
+                self.train_step,
+                self.update_weights,
+                self.minibatches.batch_size,
+                warns=self.compile == "on",
+            )
+        if self.device.type == "cuda" and get_world_size() == 1:
+            self.step = CapturedStep(
+                self.train_step,
+                self._seed_step,
+                self.device,
+                self.minibatches.batch_size,
+                self.state.parameters,
+            )
 
     def _build_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return self.config.optimizer_config.build(parameters, self.config.lr, self.device)
