@@ -130,12 +130,10 @@ class CompiledStep:
 
     def _compile(self, batch: list[Tensor], batch_weight: float) -> Sequence[Any]:
         """The results of a step, compiled from now on if it can be."""
-        from torch._dynamo.exc import TorchDynamoException
-
         try:
             with _tracing_gradients():
                 return self.compiled(batch, batch_weight)
-        except (TorchDynamoException, NotImplementedError) as e:
+        except Exception as e:  # what is wrong with the model itself, an eager step will say
             if self.warns:
                 reason = str(e).strip().splitlines()[0]
                 warnings.warn(f"steps are not compiled: {reason}", stacklevel=2)

@@ -40,7 +40,11 @@ from ..evaluation.estimates import per_example
 from ..evaluation.latent_usage import kl_by_latent
 from ..model.objectives import get_objective
 from .checkpoints import Checkpoint, Position, TrainState
-from .compilation import CompiledStep, resolve_compile
+from vae_nb.training.compilation import (
+    CompiledStep,
+    obstacle_to_compilation,
+    resolve_compile,
+)
 from .configuration import TrainConfig, ema_decay
 from .cuda_graph import CapturedStep
 from vae_nb.training.hooks import (
@@ -120,6 +124,8 @@ class Trainer:
     last_finite: Checkpoint
     kl_weight: float | Tensor
     ema_weight: float | Tensor
+    step: Callable[[list[Tensor], float], None]
+    update: Callable[[Sequence[Tensor | None], Tensor], Any]
 
     def __init__(
         self,
@@ -151,6 +157,7 @@ class Trainer:
         self._is_resumed = False
         # of the run that goes on, where its bits depend on it
         self._threads: int | None = None
+        self._was_compiled: bool | None = None
         # before there is a process group, the launcher's variables tell which process this is
         if self.run is not None and launched_rank() == 0:
             self.run.check_new()
@@ -291,7 +298,7 @@ class Trainer:
         seen = min(state.position.batch * config.batch_size, len(self.data.train))
         train_elbo = state.elbo_sum.item() / seen
         if not math.isfinite(train_elbo + valid_elbo):
-            raise nonfinite_error(self)
+            raise self._nonfinite_error()
         return {
             "epoch": state.position.epoch,
             "train_elbo": train_elbo,
@@ -415,7 +422,7 @@ class Trainer:
         """
         checkpoint = self._checkpoint()
         if not self.state.is_finite():
-            raise nonfinite_error(self)
+            raise self._nonfinite_error()
         self.last_finite = checkpoint
         if self.run is not None and get_rank() == 0:
             self.run.save_checkpoint(checkpoint)
@@ -426,6 +433,11 @@ class Trainer:
         if self._started is not None:
             seconds += time.perf_counter() - self._started
         return seconds
+
+    def _nonfinite_error(self) -> FloatingPointError:
+        """The error that names the first number that is not finite; steps are taken again for it, eagerly."""
+        self.update = self.update_weights
+        return nonfinite_error(self)
 
     def _stop_clock(self) -> None:
         self._position.seconds = self.seconds()
@@ -479,8 +491,7 @@ class Trainer:
         trainer.checkpoint = checkpoint
         trainer._is_resumed = True
         trainer._threads = config.made_with.get("threads")
-        if "compiled" in config.made_with:
-            trainer.compile = "on" if config.made_with["compiled"] else "off"
+        trainer._was_compiled = config.made_with.get("compiled")
         if checkpoint is not None:
             trainer._position = Position.from_dict(checkpoint.state)
         return trainer
@@ -575,6 +586,16 @@ class Trainer:
         return torch.zeros((), device=self.device, dtype=torch.float32)
 
     def _decide_compilation(self) -> bool:
+        """Whether steps are compiled; those of a run that goes on as before, if that is possible here."""
+        if self._was_compiled is not None:
+            obstacle = obstacle_to_compilation(self.device, get_world_size())
+            if self._was_compiled and obstacle is not None:
+                warnings.warn(
+                    f"{str(self.run)!r} was begun with compiled steps and goes on without ({obstacle}): "
+                    "its numbers may differ in their last bits from those of an undisturbed run",
+                    stacklevel=4,
+                )
+            return self._was_compiled and obstacle is None
         return resolve_compile(
             self.compile,
             self.device,
@@ -585,8 +606,8 @@ class Trainer:
 
     def _build_step(self) -> None:
         """Choose how a step is taken: as it is, captured or compiled."""
-        self.step: Callable[[list[Tensor], float], None] = self.train_step
-        self.update: Callable[[Sequence[Tensor | None], Tensor], Any] = self.update_weights
+        self.step = self.train_step
+        self.update = self.update_weights
         if self.compiles:
             self.update = _as_results  # which is done with them outside of what is compiled
             self.step = CompiledStep(
