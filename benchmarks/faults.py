@@ -87,7 +87,7 @@ PATIENCE = 600.0  # seconds; what takes longer hangs
 # A program that has imported everything, and begins when it gets a line: two of them meet within milliseconds.
 WAITING = """
 import sys
-import sklearn.datasets
+import torch._dynamo
 import vae_nb.app.cli
 import vae_nb.explore.plots
 import vae_nb.training.trainer
