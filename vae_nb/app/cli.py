@@ -603,6 +603,8 @@ def save_model(trainer: "Trainer", ending: Ending) -> Failure | None:
     if not trainer.history or get_rank() > 0:
         return None
     try:
+        # a report of earlier weights must not outlive them: it would pass for that of the new ones
+        run.report_file.unlink(missing_ok=True)
         save(trainer.model, run.folder, **run.config().entries())
     except KeyboardInterrupt:
         ending.is_impatient = True

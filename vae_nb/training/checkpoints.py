@@ -47,11 +47,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     content = tensor_bytes(tensors, {"state": to_json(checkpoint.state)})
     step = checkpoint.state["step"]
     path = folder / f"{step:09}-{_digest(content)}.safetensors"
+    if path.is_dir():  # it is no checkpoint, and in the way
+        path.rename(path.with_name(f"{path.name}.moved"))
     if not path.exists():
         write_atomically(path, content)
     earlier = [other for other in _newest_first(folder) if _step_of(other) < step]
     for old in set(folder.iterdir()) - {path, *earlier[:1]}:
-        if old.suffix in (".safetensors", ".part"):
+        if old.suffix in (".safetensors", ".part") and old.is_file():
             old.unlink(missing_ok=True)
 
 

@@ -200,7 +200,9 @@ class Run:
             raise ValueError(
                 f"the run folder {str(self)!r} is a file: give a folder that is new or empty"
             )
-        if self.folder.exists() and any(path != self._lock_file for path in self.folder.iterdir()):
+        # what a kill before the first file was whole leaves behind
+        harmless = {self._lock_file.name, f"{self.config_file.name}.part"}
+        if self.folder.exists() and any(p.name not in harmless for p in self.folder.iterdir()):
             raise ValueError(
                 f"the run folder {str(self)!r} is not empty: give one that is new or empty"
             )
@@ -277,7 +279,9 @@ class Run:
         records = []
         for line in lines:
             with suppress(ValueError):
-                records.append(json.loads(line))
+                record = json.loads(line)
+                if isinstance(record, dict) and {"epoch", "valid_elbo"} <= record.keys():
+                    records.append(record)
         if hashlib.sha256(b"".join(lines)).hexdigest() != summary["sha256"]:
             warnings.warn(
                 f"{str(self.metrics_file)!r} was changed or is missing: {len(records)} of "
