@@ -1,6 +1,6 @@
 """Hurt runs of `vae_nb` as a machine may, let them go on, and compare with a run to which nothing happened.
 
-    python benchmarks/faults.py                               all kinds, some DURATION minutes on two cores
+    python benchmarks/faults.py                               all kinds, some 25 minutes on two cores
     python benchmarks/faults.py --quick                       two trials of each kind, to see that all works
     python benchmarks/faults.py --only kills --kills 100      kills alone, more of them
     python benchmarks/faults.py --cases "full disk"           trials whose case has these words
