@@ -125,7 +125,6 @@ class Trainer:
     kl_weight: float | Tensor
     ema_weight: float | Tensor
     step: Callable[[list[Tensor], float], None]
-    update: Callable[[Sequence[Tensor | None], Tensor], Any]
 
     def __init__(
         self,
@@ -229,12 +228,18 @@ class Trainer:
         if position.batch < self.n_batches:
             self.save_checkpoint()  # before the validation: from here the epoch can be completed
 
-    def train_step(self, batch: list[Tensor], batch_weight: float) -> Any:
+    def train_step(
+        self, batch: list[Tensor], batch_weight: float, update: Callable[..., Any] | None = None
+    ) -> Any:
         """Take a gradient step. It reads no value of a tensor, and what it changes stays in its place.
 
         Args:
             batch: stored examples (n, *shape) and, for a conditional model, conditions (n, n_condition).
             batch_weight: weight of each example in the loss; 0 for examples that only fill an empty share.
+            update: takes the step, as `update_weights` does, which is meant where this is None.
+
+        Returns:
+            What `update` returns.
         """
         state = self.state
         x, condition = self.model_input(batch)
@@ -248,7 +253,9 @@ class Trainer:
         # a parameter that the loss does not depend on gets None
         gradients = torch.autograd.grad(loss, state.parameters, allow_unused=True)
         elbo_sum = elbo(terms.log_w.detach()).sum() * (batch_weight > 0)
-        return self.update(gradients, elbo_sum)
+        if update is None:
+            update = self.update_weights
+        return update(gradients, elbo_sum)
 
     def update_weights(self, gradients: Sequence[Tensor | None], elbo_sum: Tensor) -> None:
         """Take the gradient step: average over processes, clip, move the weights and their averages.
@@ -298,7 +305,7 @@ class Trainer:
         seen = min(state.position.batch * config.batch_size, len(self.data.train))
         train_elbo = state.elbo_sum.item() / seen
         if not math.isfinite(train_elbo + valid_elbo):
-            raise self._nonfinite_error()
+            raise nonfinite_error(self)
         return {
             "epoch": state.position.epoch,
             "train_elbo": train_elbo,
@@ -420,9 +427,9 @@ class Trainer:
             FloatingPointError: if it is not finite.
             OSError: if it cannot be written.
         """
-        checkpoint = self._checkpoint()
         if not self.state.is_finite():
-            raise self._nonfinite_error()
+            raise nonfinite_error(self)
+        checkpoint = self._checkpoint()
         self.last_finite = checkpoint
         if self.run is not None and get_rank() == 0:
             self.run.save_checkpoint(checkpoint)
@@ -433,11 +440,6 @@ class Trainer:
         if self._started is not None:
             seconds += time.perf_counter() - self._started
         return seconds
-
-    def _nonfinite_error(self) -> FloatingPointError:
-        """The error that names the first number that is not finite; steps are taken again for it, eagerly."""
-        self.update = self.update_weights
-        return nonfinite_error(self)
 
     def _stop_clock(self) -> None:
         self._position.seconds = self.seconds()
@@ -590,11 +592,7 @@ class Trainer:
         if self._was_compiled is not None:
             obstacle = obstacle_to_compilation(self.device, get_world_size())
             if self._was_compiled and obstacle is not None:
-                warnings.warn(
-                    f"{str(self.run)!r} was begun with compiled steps and goes on without ({obstacle}): "
-                    "its numbers may differ in their last bits from those of an undisturbed run",
-                    stacklevel=4,
-                )
+                _warn_of_other_bits(self.run, "compiled steps", f"without ({obstacle})")
             return self._was_compiled and obstacle is None
         return resolve_compile(
             self.compile,
@@ -604,14 +602,16 @@ class Trainer:
             has_convolutions=any(p.ndim == 4 for p in self.model.parameters()),
         )
 
+    def _gradients(self, batch: list[Tensor], batch_weight: float) -> Any:
+        """What `update_weights` takes a step with; nothing is changed."""
+        return self.train_step(batch, batch_weight, update=_as_results)
+
     def _build_step(self) -> None:
         """Choose how a step is taken: as it is, captured or compiled."""
         self.step = self.train_step
-        self.update = self.update_weights
         if self.compiles:
-            self.update = _as_results  # which is done with them outside of what is compiled
             self.step = CompiledStep(
-                self.train_step,
+                self._gradients,
                 self.update_weights,
                 self.minibatches.batch_size,
                 warns=self.compile == "on",
@@ -675,8 +675,13 @@ def _warn_of_other_environment(run: Run, current: dict[str, Any]) -> None:
     recorded = run.config().made_with
     for name in ("torch", "machine", "instructions", "device"):
         if name in recorded and recorded[name] != current[name]:
-            warnings.warn(
-                f"{str(run)!r} was begun with {name} {recorded[name]} and goes on with {current[name]}: "
-                "its numbers may differ in their last bits from those of an undisturbed run",
-                stacklevel=4,
-            )
+            _warn_of_other_bits(run, f"{name} {recorded[name]}", f"with {current[name]}")
+
+
+def _warn_of_other_bits(run: Run | None, before: str, now: str) -> None:
+    """Warn that a run was begun with one thing and goes on with or without another."""
+    warnings.warn(
+        f"{str(run)!r} was begun with {before} and goes on {now}: "
+        "its numbers may differ in their last bits from those of an undisturbed run",
+        stacklevel=5,
+    )
