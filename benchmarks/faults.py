@@ -536,14 +536,14 @@ def kill(stage: Stage, number: int, trial: Trial) -> None:
     finish(stage, run, every, trial)
 
 
-def has_arrived(run: Path, phase: str, epoch: int) -> bool:
-    """Whether a run is in a phase now: of an epoch, or after the last."""
+def has_arrived(run: Path, phase: str) -> bool:
+    """Whether a run is in a phase now."""
     if phase == "start-up":
         return (run / "config.json.part").exists()
     if phase == "checkpoint":
-        return has_epochs(run, epoch) and any(run.glob("checkpoint/*.part"))
+        return any(run.glob("checkpoint/*.part"))
     if phase == "validation":
-        return has_epochs(run, epoch) and was_validating(run)
+        return was_validating(run)
     if phase == "model":
         return any(run.glob("model.safetensors*"))
     if phase == "report":
@@ -551,6 +551,8 @@ def has_arrived(run: Path, phase: str, epoch: int) -> bool:
     return any(run.glob("figures/*.png"))
 
 
+EACH_EPOCH = ("checkpoint", "validation")  # phases that come again in each
+TRIES = 20  # of a kill that must fall into something short
 # Seconds in the phase at most, before the kill: phases are as short as that.
 LATEST = {
     "start-up": 0.0,
@@ -566,12 +568,17 @@ def kill_in_phase(stage: Stage, phase: str, trial: Trial) -> None:
     """A kill in a certain phase; tried again where it came too late."""
     rng = stage.rng_of(trial)
     run = stage.run_of(trial)
-    for _ in range(8):
+    for attempt in range(TRIES):
         shutil.rmtree(run, ignore_errors=True)
         trial.begin_again()
-        trial.moments = [rng.uniform(0, LATEST[phase])]
-        is_time = partial(has_arrived, run, phase, rng.randrange(1, EPOCHS - 5))
-        hurt(run, EVERY_STEP, trial, (-9, 0), (is_time, lambda job: job.hit(trial.moments[0])))
+        trial.moments = [rng.uniform(0, LATEST[phase]) / (1 + attempt)]  # sooner, after a miss
+        events: list[Event] = [
+            (partial(has_arrived, run, phase), lambda job: job.hit(trial.moments[0]))
+        ]
+        if phase in EACH_EPOCH:
+            epoch = rng.randrange(1, EPOCHS - 5)
+            events.insert(0, (partial(has_epochs, run, epoch), lambda job: None))
+        hurt(run, EVERY_STEP, trial, (-9, 0), *events)
         trial.phase = phase_of(run)
         if trial.phase == phase:
             break
@@ -589,7 +596,7 @@ def kill_while_replacing(stage: Stage, delay: float, trial: Trial) -> None:
     def is_replaced() -> bool:
         return any(run.glob("model.safetensors.new*"))
 
-    for _ in range(8):
+    for _ in range(TRIES):
         shutil.rmtree(run)
         shutil.copytree(interrupted, run)
         hurt(run, NEVER, trial, (-9, 0), (is_replaced, lambda job: job.hit(delay)))
@@ -922,8 +929,8 @@ def kill_output(stage: Stage, name: str, latest: float, trial: Trial) -> None:
     shutil.copytree(stage.finished(), run)
     before = contents(run)
     out = run.parent / name
-    for _ in range(10):
-        trial.moments = [rng.uniform(0, latest)]
+    for attempt in range(TRIES):
+        trial.moments = [rng.uniform(0, latest) / (1 + attempt)]  # sooner, after a miss
         job = output_job(stage, run, out)
         job.until(part_of(out).exists)
         job.hit(trial.moments[0])
@@ -933,8 +940,9 @@ def kill_output(stage: Stage, name: str, latest: float, trial: Trial) -> None:
         if out.exists():
             trial.expect(whole=output_of(out) == stage.outputs[name])
             out.unlink()
-    trial.expect(killed_while_writing=part_of(out).exists())
-    trial.found = {"bytes": part_of(out).stat().st_size}
+    was_writing = part_of(out).exists()
+    trial.expect(killed_while_writing=was_writing)
+    trial.found = {"bytes": part_of(out).stat().st_size if was_writing else 0}
     write_again(stage, run, out, trial)
     trial.expect(untouched=contents(run) == before)
 

@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py --data-dir DIR      (DIR holds torchvision's MNIST; without it, MNIST is downloaded)
     python benchmarks/speed.py --profile mlp       (where the time of our step goes)
+    python benchmarks/speed.py --data-dir DIR --keep PART.json         (go on where a run was cut off)
 
 Each workload gives all contenders the same images, batches, layer sizes and rate of Adam (1e-3):
 
@@ -17,7 +18,8 @@ Each workload gives all contenders the same images, batches, layer sizes and rat
                  nothing. To evaluate: log weights of k samples, logsumexp.
   bare-compiled  the same, a whole step (binarisation, loss, gradient, Adam) in one function by torch.compile, where
                  it has a C++ compiler; softplus and Adam are written out, so that they fuse.
-  jax            the same in JAX, where it is installed: an epoch in one compiled call (jax_loop.py).
+  jax            the same in JAX, where it is installed: an epoch in one compiled call (jax_loop.py). Not with
+                 convolutions on a CPU, where an epoch takes it more than ten minutes.
   example        PyTorch's VAE example, in our own words: torchvision's MNIST, which makes a picture of each image and
                  a tensor of that, a DataLoader, Adam with its defaults, a sigmoid and its cross-entropy, .item() in
                  each step; on a GPU one loading process and pinned memory, as there. We binarise each batch: ours
@@ -926,6 +928,8 @@ TRAIN = {
     "pythae": pythae,
     "products": products,
 }
+# XLA's convolutions on a CPU: the gradient by the weights took ten minutes an epoch and more, where ours takes seconds.
+TOO_SLOW = {("cpu", "conv"): ("jax",)}
 EVALUATE = {
     "ours": our_evaluation,
     "bare": bare_evaluation,
@@ -938,7 +942,12 @@ EVALUATE = {
 def contenders(w: Workload, device: torch.device) -> dict[str, Callable[..., dict[str, float]]]:
     "Those that can run here, by name."
     runs = EVALUATE if w.evaluates else TRAIN
-    return {name: run for name, run in runs.items() if name not in left_out(device)}
+    too_slow = TOO_SLOW.get((device.type, w.network), ())
+    return {
+        name: run
+        for name, run in runs.items()
+        if name not in left_out(device) and name not in too_slow
+    }
 
 
 def cut(w: Workload, data: Data, device: torch.device, quick: bool) -> Data:
@@ -1472,6 +1481,13 @@ def arguments() -> argparse.Namespace:
         help="the JSON; the picture goes beside it (default: in the repository "
         "results/speed-DEVICE.json, speed-DEVICE-quick.json with --quick)",
     )
+    own.add_argument(
+        "--keep",
+        type=Path,
+        metavar="JSON",
+        help="take the workloads in this file as measured: a run of the same package, machine and "
+        "versions that was cut off",
+    )
     own.add_argument("--point", help=argparse.SUPPRESS)
     args = own.parse_args()
     args.only = chosen(own, "--only", args.only, TASKS)
@@ -1492,13 +1508,45 @@ def below_goals(workloads: dict[str, Any]) -> list[str]:
     ]
 
 
+SAME_RUN = (
+    "quick",
+    "rounds",
+    "python",
+    "torch",
+    "jax",
+    "pythae",
+    "cpu",
+    "cores",
+    "threads",
+    "data",
+)
+
+
+def kept_workloads(path: Path, now: dict[str, Any]) -> dict[str, Any]:
+    "The workloads of a run that was cut off. Ends the program where package, machine or versions are others."
+    before = json.loads(path.read_text())
+    different = [key for key in SAME_RUN if before[key] != now[key]]
+    changed = subprocess.run(
+        ["git", "diff", "--quiet", before["commit"], now["commit"], "--", "vae_nb"], cwd=ROOT
+    )
+    if changed.returncode:
+        different.append("the package")
+    if different:
+        sys.exit(f"{path} is of another run: {', '.join(different)}")
+    return before["workloads"]
+
+
 def run_all(args: argparse.Namespace, device: torch.device, data: Data, out: Path) -> bool:
     "Measure what was asked for and write it; whether contenders that do the same came to the same."
     nothing = {"workloads": {}, "same_loss": None, "same_steps": None, "growth": None}
     found = about(args, device, data) | nothing
     for name, why in found["left_out"].items():
         print(f"{name} is left out ({why})")
+    if args.keep:
+        found["workloads"] = kept_workloads(args.keep, found)
     for name in [name for name in WORKLOADS if name in args.only]:
+        if name in found["workloads"]:
+            continue
         found["workloads"][name] = measured(name, data, device, args)
         write(found, out)
     if "same" in args.only:
