@@ -942,12 +942,16 @@ EVALUATE = {
 def contenders(w: Workload, device: torch.device) -> dict[str, Callable[..., dict[str, float]]]:
     "Those that can run here, by name."
     runs = EVALUATE if w.evaluates else TRAIN
-    too_slow = TOO_SLOW.get((device.type, w.network), ())
     return {
         name: run
         for name, run in runs.items()
-        if name not in left_out(device) and name not in too_slow
+        if name not in left_out(device) and name not in too_slow(w, device)
     }
+
+
+def too_slow(w: Workload, device: torch.device) -> tuple[str, ...]:
+    "Contenders that would take hours with a workload."
+    return TOO_SLOW.get((device.type, w.network), ())
 
 
 def cut(w: Workload, data: Data, device: torch.device, quick: bool) -> Data:
@@ -1150,14 +1154,16 @@ def same_steps(data: Data, device: torch.device, quick: bool) -> dict[str, dict[
     """
     found: dict[str, dict[str, Any]] = {}
     seeds = range(3 if quick else 6)
-    others = [name for name in ("bare-compiled", "jax") if name not in left_out(device)]
+    here = [name for name in ("bare-compiled", "jax") if name not in left_out(device)]
     print(
         "\nThe bound after a few steps from the same weights, nats; differences in standard errors"
     )
     for title, w in WORKLOADS.items():
         like_ours = "sampled" if w.k == 1 else "bare"
         pairs = [("ours", like_ours)]
-        pairs += [(name, "bare") for name in others if name in (EVALUATE if w.evaluates else TRAIN)]
+        runs = contenders(w, device)
+        others = [name for name in here if name in runs]
+        pairs += [(name, "bare") for name in others]
         names = dict.fromkeys(name for pair in pairs for name in pair)
         steps = (STEPS // 10 if w.network == "conv" else STEPS) // (3 if quick else 1)
         bounds = {
