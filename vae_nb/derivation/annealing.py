@@ -135,6 +135,8 @@ class _Path:
         """log q(z) and log w(z), each (k, n)."""
         log_q = self.q.log_prob(z)
         log_likelihood = self.model.likelihood(z, *self.condition_args).log_prob(self.x)
+        if self.q is self.prior:  # log p(z) - log q(z) is 0: half of the densities is saved
+            return log_q, log_likelihood
         return log_q, log_likelihood + (self.prior.log_prob(z) - log_q)
 
     def density(self, beta: float) -> LogDensity:

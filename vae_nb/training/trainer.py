@@ -266,7 +266,7 @@ class Trainer:
         """
         state = self.state
         for parameter, gradient in zip(state.parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = _in_layout_of(parameter, gradient)
         average_gradients(state.parameters)
         clip = self.config.optimizer_config.clip
         if clip:
@@ -639,6 +639,16 @@ class Trainer:
 
 def _as_results(*results: Any) -> Any:
     return results
+
+
+def _in_layout_of(parameter: nn.Parameter, gradient: Tensor | None) -> Tensor | None:
+    """A gradient whose numbers lie in memory in the order of the parameter's: fused optimisers pair them by that.
+
+    Those of convolutions come with the channels last. (`backward` sees to it; `torch.autograd.grad` does not.)
+    """
+    if gradient is None or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _model_of_run(run: Run, config: RunConfig, data: Data, seed: int) -> nn.Module:
