@@ -648,7 +648,7 @@ def interrupt(
     elif isinstance(place, int):
         is_time = partial(has_epochs, run, place - 1)
     else:
-        is_time = partial(has_arrived, run, place, 0)
+        is_time = partial(has_arrived, run, place)
     events = [(is_time, partial(Job.hit, seconds=s, sign=sign)) for s in trial.moments]
     hurt(run, NEVER, trial, (128 + sign,), *events)
     trial.expect(saves=trial.found["step"] > 0, model=has_model(run))
