@@ -1455,6 +1455,10 @@ def chosen(
     return picked
 
 
+KEEP_HELP = """take the workloads in this file as measured: a run of the same package, machine and versions that was cut
+off"""
+
+
 def arguments() -> argparse.Namespace:
     own = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -1487,13 +1491,7 @@ def arguments() -> argparse.Namespace:
         help="the JSON; the picture goes beside it (default: in the repository "
         "results/speed-DEVICE.json, speed-DEVICE-quick.json with --quick)",
     )
-    own.add_argument(
-        "--keep",
-        type=Path,
-        metavar="JSON",
-        help="take the workloads in this file as measured: a run of the same package, machine and "
-        "versions that was cut off",
-    )
+    own.add_argument("--keep", type=Path, metavar="JSON", help=KEEP_HELP)
     own.add_argument("--point", help=argparse.SUPPRESS)
     args = own.parse_args()
     args.only = chosen(own, "--only", args.only, TASKS)
