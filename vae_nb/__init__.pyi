@@ -52,6 +52,7 @@ from .explore.plots import plot_reconstructions as plot_reconstructions
 from .explore.plots import plot_samples as plot_samples
 from .explore.widgets import explore_run as explore_run
 from .explore.widgets import plot_traversal as plot_traversal
+from .app.estimator import VAEEstimator as VAEEstimator
 from .app.recipes import RECIPES as RECIPES
 
 __version__: str

@@ -6,23 +6,25 @@
 __all__ = ['app', 'SIZE_ERRORS', 'TERMINAL_COLUMNS', 'REPORT_K', 'MAX_REPORT_K', 'REPORT_PASSES', 'OTHER_SPLIT_EXAMPLES',
            'SPLIT_KEYS', 'SIGNAL_NAMES', 'RECIPE_OPTIONS', 'MAX_PICTURE_SAMPLES', 'print_version', 'describe_app',
            'one_line', 'first_line', 'print_aside', 'print_error', 'usage_errors', 'machine_errors', 'explicit_options',
-           'check_output_path', 'png_bytes', 'npz_bytes', 'labelled_lines', 'counted', 'data_in_words',
-           'model_in_words', 'networks_in_words', 'training_in_words', 'announcement', 'report_samples',
+           'check_output_path', 'png_bytes', 'npz_bytes', 'labelled_lines', 'counted', 'data_in_words', 'in_a_row',
+           'data_notes', 'model_in_words', 'networks_in_words', 'training_in_words', 'announcement', 'report_samples',
            'some_examples', 'evaluate_splits', 'report_entries', 'save_figures', 'ending_in_words', 'resume_command',
            'next_commands', 'run_summary', 'recipe_for_result', 'write_report', 'Ending', 'later_signals', 'Failure',
            'failure_of', 'fit', 'save_model', 'report', 'locked', 'remove_failed_run', 'exit_with', 'train_and_report',
            'check_new_folder', 'parse_widths', 'chosen_sizes', 'data_spec', 'claim_folder', 'start_run',
            'check_recipe_start', 'train_recipe', 'restarted_run', 'resume_run', 'train_config', 'model_options',
            'build_model', 'new_trainer', 'train', 'recipe_line', 'recipes', 'n_condition_of', 'condition_for',
-           'evaluate_run', 'output_dir', 'samples_path', 'check_sample_size', 'sample_condition', 'draw_samples',
-           'samples_content', 'sample', 'load_examples', 'posterior_means', 'codes_table', 'csv_bytes', 'encode', 'lab',
-           'explore', 'QuietStream', 'open_missing_streams', 'silence_if_broken', 'print_warning', 'launched_group',
-           'main']
+           'evaluate_run', 'output_dir', 'samples_path', 'check_sample_size', 'class_names', 'sample_condition',
+           'draw_samples', 'samples_content', 'sample', 'load_examples', 'posterior_means', 'codes_table', 'columns_of',
+           'csv_bytes', 'format_cell', 'encode', 'impute', 'lab', 'explore', 'QuietStream', 'open_missing_streams',
+           'silence_if_broken', 'print_warning', 'launched_group', 'main']
 
 # %% ../../nbs/app/59_cli.ipynb #1fd1f29f
+import csv
 import io
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -30,7 +32,7 @@ import tempfile
 import textwrap
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +44,7 @@ from safetensors import SafetensorError
 
 import vae_nb
 from vae_nb.app.options import (
+    DATA_SET_NAMES,
     BatchSize,
     Beta,
     Binarize,
@@ -93,6 +96,7 @@ if TYPE_CHECKING:
 
     from vae_nb.app.recipes import Recipe
     from vae_nb.data.dataset import Data
+    from vae_nb.data.loading import Items
     from vae_nb.evaluation.estimates import PerExample
     from vae_nb.evaluation.report import Report
     from vae_nb.model.vae import VAE
@@ -257,6 +261,26 @@ def data_in_words(data: "Data") -> str:
     )
 
 
+def in_a_row(names: Sequence[str], most: int = 10) -> str:
+    """Names with commas between, the first ones of many."""
+    shown = ", ".join(names[:most])
+    return f"{shown}, … ({len(names)})" if len(names) > most else shown
+
+
+def data_notes(data: "Data") -> list[str]:
+    """What one would want to know of data of one's own before a model is trained: columns, classes, gaps."""
+    notes = []
+    if data.columns is not None:
+        notes.append(f"columns {in_a_row(data.columns)}")
+    is_own = data.source is not None and data.source["source"] not in DATA_SET_NAMES
+    if is_own and data.classes is not None and not data.conditional:
+        notes.append(f"labels, not used: {in_a_row(data.classes)}")
+    if data.has_missing:
+        share = data.train.isnan().float().mean().item()
+        notes.append(f"{100 * share:.2g} % of the entries are missing, and left out of log p(x)")
+    return notes
+
+
 def model_in_words(model: "VAE") -> str:
     """The three distributions of a model that `build_vae` made."""
     config = model.config
@@ -265,7 +289,10 @@ def model_in_words(model: "VAE") -> str:
         f"{config['likelihood']} likelihood, {config['posterior']} posterior, "
         f"{config['prior']} prior"
     )
-    if config["n_condition"]:
+    classes = config["classes"]
+    if classes is not None:
+        text += f", all conditioned on the classes {in_a_row(classes)}"
+    elif config["n_condition"]:
         text += ", all conditioned on the labels"
     return text
 
@@ -303,7 +330,7 @@ def announcement(trainer: "Trainer") -> str:
     """What is about to be trained, on what, where."""
     model = cast("VAE", trainer.model)
     rows = [
-        ("data", data_in_words(trainer.data)),
+        ("data", "; ".join([data_in_words(trainer.data), *data_notes(trainer.data)])),
         ("model", model_in_words(model)),
         ("networks", networks_in_words(model)),
         ("training", training_in_words(trainer)),
@@ -1123,19 +1150,19 @@ def output_dir(run: Path) -> Path:
     return Path() if run.parent == pretrained().parent else run
 
 
-def samples_path(run: Path, n: int, mean: bool, label: int | None, seed: int) -> Path:
+def samples_path(run: Path, n: int, mean: bool, label: str | None, seed: int) -> Path:
     """The default path of a picture of samples, by what was sampled."""
     name = f"samples-{n}"
     if not mean:
         name += "-drawn"
     if label is not None:
-        name += f"-{label}"
+        name += "-" + re.sub(r"[^\w.-]", "_", label)
     return output_dir(run) / "figures" / f"{name}-seed{seed}.png"
 
 
 def check_sample_size(model: "VAE", n: int, is_picture: bool) -> None:
     """Raise ValueError where n samples are too many for a picture, or for the memory."""
-    from vae_nb.data.readers import memory_limit
+    from vae_nb.data.arrays import memory_limit
 
     if is_picture and n > MAX_PICTURE_SAMPLES:
         raise ValueError(
@@ -1153,7 +1180,13 @@ def check_sample_size(model: "VAE", n: int, is_picture: bool) -> None:
         )
 
 
-def sample_condition(run: Path, model: "VAE", n: int, label: int | None) -> "Tensor | None":
+def class_names(model: "VAE") -> list[str]:
+    """Names of the classes that a model is conditioned on; their numbers where they have none."""
+    assert model.config is not None
+    return model.config["classes"] or [str(i) for i in range(n_condition_of(model))]
+
+
+def sample_condition(run: Path, model: "VAE", n: int, label: str | None) -> "Tensor | None":
     """The condition for n samples of a conditional model: one class, or all in turn; None for other models.
 
     Raises:
@@ -1161,14 +1194,16 @@ def sample_condition(run: Path, model: "VAE", n: int, label: int | None) -> "Ten
     """
     import torch
 
-    n_classes = n_condition_of(model)
+    names = class_names(model)
     if label is None:
-        return condition_for(run, model, torch.arange(n) % max(1, n_classes))
-    if not 0 <= label < n_classes:
+        return condition_for(run, model, torch.arange(n) % max(1, len(names)))
+    if not names:
+        raise ValueError("--label is for conditional runs, and this one is not conditional")
+    if label not in names:
         raise ValueError(
-            f"--label is for conditional runs, a class from 0: this one has {n_classes}, got {label}"
+            f"--label is the name of a class, of this run {in_a_row(names)}: got {label!r:.60}"
         )
-    return condition_for(run, model, torch.full((n,), label))
+    return condition_for(run, model, torch.full((n,), names.index(label)))
 
 
 def draw_samples(model: "VAE", n: int, mean: bool, condition: "Tensor | None") -> "np.ndarray":
@@ -1186,14 +1221,15 @@ def draw_samples(model: "VAE", n: int, mean: bool, condition: "Tensor | None") -
 
 
 def samples_content(
-    model: "VAE", n: int, mean: bool, condition: "Tensor | None", is_picture: bool
+    model: "VAE", n: int, mean: bool, condition: "Tensor | None", suffix: str
 ) -> bytes:
-    """Samples as the content of a picture (.png), or of an array called x (.npz)."""
+    """Samples as the content of a picture (.png), of an array called x (.npz), or of a table (.csv)."""
     from vae_nb.explore.plots import plot_samples
 
-    if is_picture:
+    if suffix == ".png":
         return png_bytes(plot_samples(model, n, mean=mean, condition=condition))
-    return npz_bytes({"x": draw_samples(model, n, mean, condition)})
+    x = draw_samples(model, n, mean, condition)
+    return npz_bytes({"x": x}) if suffix == ".npz" else csv_bytes({"x": x}, columns_of(model))
 
 
 @app.command()
@@ -1205,13 +1241,13 @@ def sample(
         bool, text_option("The mean of p(x|z), or with --no-mean a sample of it.")
     ] = True,
     label: Annotated[
-        int | None,
-        number_option("Of conditional runs: this class only. Default: all, in turn."),
+        str | None,
+        text_option("Of conditional runs: this class only, by name. Default: all, in turn."),
     ] = None,
     out: Annotated[
         Path | None,
         path_option(
-            "New file: .png for a picture, .npz for an array called x. "
+            "New file: .png for a picture, .npz for an array called x, .csv for a table. "
             "Default: RUN/figures/samples-….png"
         ),
     ] = None,
@@ -1235,31 +1271,33 @@ def sample(
         model = load(run)
         if out is None:
             path.parent.mkdir(exist_ok=True)
-        check_output_path(path, (".png", ".npz"))
+        check_output_path(path, (".png", ".npz", ".csv"))
         validate_model(model, ("prior", "likelihood"))
         is_picture = path.suffix == ".png"
         check_sample_size(model, n, is_picture)
         condition = sample_condition(run, model, n, label)
         torch.manual_seed(seed)
     with machine_errors():
-        write_atomically(path, samples_content(model, n, mean, condition, is_picture))
+        write_atomically(path, samples_content(model, n, mean, condition, path.suffix))
     typer.echo(f"{n} samples: {path}")
 
 # %% ../../nbs/app/59_cli.ipynb #45a789a9
 def load_examples(
     run: Path, split: str, data_dir: Path | None, seed: int, data: str | None
-) -> "tuple[VAE, Tensor, Tensor | None]":
-    """The model of a run, with examples and labels (None if there are none): those of its own split, or of other data."""
-    from vae_nb.data.loading import load_items
+) -> "tuple[VAE, Items]":
+    """The model of a run, with examples and what is known of them: those of its own split, or of other data."""
+    from vae_nb.data.loading import Items, load_items
     from vae_nb.training.runs import load_run
     from vae_nb.training.saving import load
 
     if data is None:
         model, own_data = load_run(run, data_dir)
-        return model, own_data.split(split, seed), own_data.labels(split)
+        return model, Items(own_data.split(split, seed), own_data.labels(split), None)
     model = load(run)
-    assert model.config is not None  # `load` built it from its config.json
-    return model, *load_items(data, model.config["likelihood"], seed)
+    config = model.config
+    assert config is not None  # `load` built it from its config.json
+    items = load_items(data, config["likelihood"], seed, config["columns"], config["classes"])
+    return model, items
 
 
 def posterior_means(model: "VAE", x: "Tensor", condition: "Tensor | None") -> "Tensor":
@@ -1276,32 +1314,61 @@ def posterior_means(model: "VAE", x: "Tensor", condition: "Tensor | None") -> "T
 
 
 def codes_table(
-    z: "Tensor", estimates: "PerExample", labels: "Tensor | None"
+    z: "Tensor", estimates: "PerExample", items: "Items", classes: Sequence[str] | None
 ) -> "dict[str, np.ndarray]":
-    """The columns of a table of codes: z, log_px, elbo, and label where there are labels."""
+    """The columns of a table of codes: file, where examples come from files, z, log_px, elbo, and label, where there are labels.
+
+    Args:
+        z: (n, latent_dim).
+        estimates: of each example.
+        items: the examples, their labels and files.
+        classes: names of the classes; None: labels are numbers.
+    """
     import numpy as np
 
-    columns = {"z": z, "log_px": estimates.log_px, "elbo": estimates.elbo}
-    if labels is not None:
-        columns["label"] = labels
+    columns: dict[str, Any] = {} if items.files is None else {"file": items.files}
+    columns |= {"z": z, "log_px": estimates.log_px, "elbo": estimates.elbo}
+    if items.labels is not None:
+        is_class = classes is not None and items.labels.ndim == 1
+        columns["label"] = np.array(classes)[items.labels] if is_class else items.labels
     return {name: np.asarray(column) for name, column in columns.items()}
 
 
-def csv_bytes(table: "dict[str, np.ndarray]") -> bytes:
-    """Columns by name as the content of a .csv file, where vectors become columns z1, z2, …"""
-    import numpy as np
+def columns_of(model: "VAE") -> list[str] | None:
+    """Names of the columns of the table that a model was trained on; None if they had none."""
+    return None if model.config is None else model.config["columns"]
 
-    names = []
-    for name, column in table.items():
-        if column.ndim == 1:
+
+def csv_bytes(table: "dict[str, np.ndarray]", columns: Sequence[str] | None = None) -> bytes:
+    """Columns by name as the content of a .csv file.
+
+    Args:
+        table: (n,) columns, or vectors (n, ...), which become columns z1, z2, …
+        columns: names of what x becomes; None: x1, x2, …
+    """
+    names: list[str] = []
+    cells: list[list[Any]] = []
+    for name, values in table.items():
+        parts = values[:, None] if values.ndim == 1 else values.reshape(len(values), -1)
+        cells += [[format_cell(value) for value in part.tolist()] for part in parts.T]
+        if values.ndim == 1:
             names.append(name)
+        elif name == "x" and columns is not None:
+            names += columns
         else:
-            names += [f"{name}{i + 1}" for i in range(column.shape[1])]
-    rows = np.column_stack(list(table.values()))
-    content = io.BytesIO()
-    header = ",".join(names)
-    np.savetxt(content, rows, fmt="%.9g", delimiter=",", header=header, comments="")
-    return content.getvalue()
+            names += [f"{name}{i + 1}" for i in range(parts.shape[1])]
+    content = io.StringIO(newline="")
+    writer = csv.writer(content, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(zip(*cells, strict=True))
+    return content.getvalue().encode()
+
+
+def format_cell(value: Any) -> Any:
+    """A cell of a .csv file: nine digits of a number, nothing for one that is missing."""
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.9g}"
 
 
 @app.command()
@@ -1324,7 +1391,8 @@ def encode(  # noqa: PLR0913 (the options)
 ) -> None:
     """Write latents and log p(x) of examples.
 
-    For each example: the mean of q(z|x), log p(x), ELBO, and its label if it has one.
+    For each example: the mean of q(z|x), log p(x), ELBO, and its file and label if it has them. A low log p(x) marks an
+    outlier.
     """
     from vae_nb.base.arguments import as_int
     from vae_nb.base.devices import resolve_device
@@ -1338,16 +1406,70 @@ def encode(  # noqa: PLR0913 (the options)
         path = out or output_dir(run) / f"codes-{Path(data).stem if data else split}.npz"
         if run.is_dir():
             check_output_path(path, (".npz", ".csv"))
-        model, x, labels = load_examples(run, split, data_dir, seed, data)
-        condition = condition_for(run, model, labels)
+        model, items = load_examples(run, split, data_dir, seed, data)
+        x = items.x
+        condition = condition_for(run, model, items.labels)
         validate_work(k, len(x))
         validate_inputs(model, x, condition)
         model.to(resolve_device(device))
     with machine_errors():
         estimates = per_example(model, x, k, seed, condition, progress=sys.stderr.isatty())
-        table = codes_table(posterior_means(model, x, condition), estimates, labels)
+        assert model.config is not None
+        classes = model.config["classes"]
+        table = codes_table(posterior_means(model, x, condition), estimates, items, classes)
         write_atomically(path, npz_bytes(table) if path.suffix == ".npz" else csv_bytes(table))
     typer.echo(f"{len(x)} examples, mean log p(x) {estimates.log_px.mean():.3f} nats: {path}")
+
+# %% ../../nbs/app/59_cli.ipynb #dadaf394
+@app.command()
+def impute(  # noqa: PLR0913 (the options)
+    run: RunFolder,
+    data: Annotated[str, text_option("A path to data with gaps, as in train, without a split.")],
+    seed: SampleSeed = 0,
+    device: Device = TrainDefaults.device,
+    k: Annotated[int, number_option("Samples of q(z|x) for each example.")] = 1000,
+    mean: Annotated[
+        bool, text_option("The expectation given what is seen, or with --no-mean a sample.")
+    ] = True,
+    out: Annotated[
+        Path | None, path_option("New file, .csv or .npz. Default: RUN/imputed-….csv")
+    ] = None,
+) -> None:
+    """Fill in missing entries.
+
+    Each example is written as it is, and its missing entries by what is expected given those that are seen.
+    """
+    import torch
+
+    from vae_nb.base.arguments import as_int
+    from vae_nb.base.devices import resolve_device
+    from vae_nb.base.files import write_atomically
+    from vae_nb.base.seeding import as_seed
+    from vae_nb.evaluation.estimates import validate_inputs, validate_work
+
+    with usage_errors():
+        as_int("--k", k)
+        as_seed(seed)
+        path = out or output_dir(run) / f"imputed-{Path(data).stem}.csv"
+        if run.is_dir():
+            check_output_path(path, (".npz", ".csv"))
+        model, items = load_examples(run, "test", None, seed, data)
+        condition = condition_for(run, model, items.labels)
+        validate_work(k, len(items.x))
+        validate_inputs(model, items.x, condition)
+        model.to(resolve_device(device))
+        torch.manual_seed(seed)
+    with machine_errors():
+        filled, sizes = model.impute(items.x, k, condition, mean, return_ess=True)
+        table = {"x": filled.cpu().numpy()}
+        content = npz_bytes(table) if path.suffix == ".npz" else csv_bytes(table, columns_of(model))
+        write_atomically(path, content)
+    is_missing = items.x.isnan()
+    text = f"{counted(int(is_missing.sum()), 'missing value')} of {len(filled)} examples filled in"
+    if is_missing.any():
+        smallest = sizes[is_missing.flatten(1).any(1)].min()
+        text += f", effective sample size at least {smallest:.0f} of {k}"
+    typer.echo(f"{text}: {path}")
 
 # %% ../../nbs/app/59_cli.ipynb #f53224f2
 @app.command()

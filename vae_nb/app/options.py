@@ -34,6 +34,8 @@ LIKELIHOOD_NAMES = (
     "discretized-logistic",
     "categorical",
     "poisson",
+    "negative-binomial",
+    "zero-inflated-negative-binomial",
 )
 POSTERIOR_NAMES = ("diagonal", "full", "iaf", "nsf")
 PRIOR_NAMES = ("standard", "mixture", "vamp", "flow", "conditional")
@@ -156,7 +158,7 @@ DataName = Annotated[
     str,
     text_option(
         f"Data set: {one_of(DATA_SET_NAMES)}, or a path to your own data, which are a folder of "
-        "images or a file .npy, .npz, .csv.",
+        "images or a file .npy, .npz, .csv, .tsv, .parquet.",
         "Data",
     ),
 ]

@@ -14,8 +14,8 @@ import torch
 
 from ..base.arguments import choose
 from ..base.devices import BATCH_ROWS
+from .arrays import check_memory
 from .dataset import Data
-from .readers import check_memory
 
 # %% ../../nbs/data/32_binarisation.ipynb #52f8dae9
 BINARIZE = ("none", "static", "dynamic")

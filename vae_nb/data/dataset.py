@@ -7,6 +7,7 @@ __all__ = ['MAX_CLASSES', 'FINGERPRINT_SCHEME', 'as_condition', 'Data', 'fingerp
 
 # %% ../../nbs/data/31_dataset.ipynb #0342be2d
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..base.arguments import choose
 from ..base.devices import BATCH_ROWS
-from .readers import check_memory, check_tensor
+from .arrays import check_memory, check_tensor
 
 # %% ../../nbs/data/31_dataset.ipynb #eb3b7759
 MAX_CLASSES = 10_000  # of labels that a model is conditioned on
@@ -25,8 +26,8 @@ def _check_classes(n_classes: int) -> None:
     """Raise ValueError if there are more classes than a one-hot code may have."""
     if n_classes > MAX_CLASSES:
         raise ValueError(
-            f"a model is conditioned on at most {MAX_CLASSES:,} classes: the labels go up to "
-            f"{n_classes - 1}; number the classes 0, 1, 2, … without gaps, or give vectors"
+            f"a model is conditioned on at most {MAX_CLASSES:,} classes: there are {n_classes}; "
+            "are these labels identifiers? Number the classes 0, 1, 2, … without gaps, or give vectors"
         )
 
 
@@ -111,6 +112,8 @@ class Data:
         dynamic_binarisation: and these are binarised anew at every use.
         conditional: models are conditioned on the labels.
         source: the arguments of `load_data` that load the data again; None if that cannot be done.
+        classes: names of the classes, in the order of their numbers; None if they have none, or labels are vectors.
+        columns: names of the columns of a table; None if they have none.
 
     Raises:
         ValueError: a split that is no dense tensor of real numbers, or of data points of another shape than the
@@ -130,6 +133,8 @@ class Data:
     dynamic_binarisation: bool = False
     conditional: bool = False
     source: dict[str, Any] | None = None
+    classes: list[str] | None = None
+    columns: list[str] | None = None
 
     def __post_init__(self) -> None:
         """Check what can be seen without a look at the numbers."""
@@ -173,7 +178,11 @@ class Data:
             raise ValueError(
                 f"the splits of {self.name} have labels of several lengths: give one kind"
             )
-        _check_classes(1 + largest)
+        if self.classes is not None and largest >= len(self.classes):
+            raise ValueError(
+                f"{self.name} has the names of {len(self.classes)} classes, and a label {largest}"
+            )
+        _check_classes(1 + largest if self.classes is None else len(self.classes))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -192,6 +201,8 @@ class Data:
         labels = torch.cat([self.train_labels, self.valid_labels, self.test_labels])
         if labels.ndim == 2:
             return labels.shape[1]
+        if self.classes is not None:
+            return len(self.classes)
         return 1 + int(_as_classes(labels, "classes are whole numbers from 0").max())
 
     @property
@@ -202,19 +213,73 @@ class Data:
             "likelihood": self.likelihood,
             "total": self.total,
             "mean": self._mean_input(),
+            "std": self._std_input(),
             "n_condition": self.n_condition,
-            "examples": self.to_model_input(self.train[:1000], torch.Generator().manual_seed(0)),
+            "examples": self._examples(),
+            "missing": self.has_missing,
+            "classes": self._class_names(),
+            "columns": self.columns,
         }
 
+    def _class_names(self) -> list[str] | None:
+        """Names of the classes that a model is conditioned on, by number where they have none; None: of no classes."""
+        is_class = self.train_labels is not None and self.train_labels.ndim == 1
+        if not self.conditional or not is_class:
+            return None
+        return self.classes or [str(i) for i in range(self.n_condition)]
+
+    @property
+    def has_missing(self) -> bool:
+        """Whether some entries of a split are NaN: they are missing."""
+        splits = (self.train, self.valid, self.test)
+        parts = (
+            part
+            for split in splits
+            if split.is_floating_point()
+            for part in split.split(BATCH_ROWS)
+        )
+        return any(bool(part.isnan().any()) for part in parts)
+
     def _mean_input(self) -> Tensor:
-        """The mean of the training set as a model sees it, (*shape), float32."""
-        parts = self.train.split(
-            BATCH_ROWS
-        )  # a copy in float64 takes eight times the memory of bytes
-        mean = sum(part.double().sum(0) for part in parts) / len(self.train)
-        if self.grayscale:
-            mean = mean / 255
-        return mean.float()
+        """The mean of the training set as a model sees it, over what is not missing, (*shape), float32."""
+        return self._mean().float()
+
+    def _mean(self) -> Tensor:
+        total = torch.zeros(self.shape, dtype=torch.float64)
+        n_seen = torch.zeros(self.shape, dtype=torch.float64)
+        for part in self._float64_parts():
+            total += part.nansum(0)
+            n_seen += (~part.isnan()).sum(0)
+        return total / n_seen
+
+    def _std_input(self) -> Tensor:
+        """The standard deviation of the training set as a model sees it, float32.
+
+        Returns:
+            (*shape), each column's, for vectors; one number for all entries, (), around the mean of each, for other shapes.
+        """
+        mean = self._mean()
+        squares = torch.zeros(self.shape, dtype=torch.float64)
+        n_seen = torch.zeros(self.shape, dtype=torch.float64)
+        for part in self._float64_parts():
+            squares += ((part - mean) ** 2).nansum(0)
+            n_seen += (~part.isnan()).sum(0)
+        variance = squares / n_seen
+        if len(self.shape) != 1:
+            variance = variance.mean()
+        return variance.sqrt().float()
+
+    def _float64_parts(self) -> Iterator[Tensor]:
+        """The training set in float64, grey levels in [0, 1], some rows at a time: that takes the memory of bytes eight times."""
+        for part in self.train.split(BATCH_ROWS):
+            yield part.double() / 255 if self.grayscale else part.double()
+
+    def _examples(self) -> Tensor:
+        """Up to 1000 data points of the training set as a model sees them, the mean in place of what is missing."""
+        examples = self.to_model_input(self.train[:1000], torch.Generator().manual_seed(0))
+        if not examples.is_floating_point():
+            return examples
+        return torch.where(examples.isnan(), self._mean_input(), examples)
 
     def to_model_input(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Turn stored training data into what a model sees.

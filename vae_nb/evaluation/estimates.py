@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, MixtureSameFamily
@@ -116,10 +117,13 @@ def elements_per_sample(model: nn.Module, x: Tensor, condition_args: Sequence[Te
     latent_model = cast(LatentModel, model)
     likelihood = cast(Any, latent_model.likelihood)
     n_features = x[0].numel()
-    n_classes = 1
-    if getattr(likelihood, "is_categorical", False):
-        n_classes = likelihood.total + 1
-    sizes = [n_features * n_classes, _elements_of_prior(latent_model.prior(*condition_args))]
+    params_per_entry = 1
+    if getattr(likelihood, "has_param_axis", False):
+        params_per_entry = 1 + getattr(likelihood, "total", 1)
+    sizes = [
+        n_features * params_per_entry,
+        _elements_of_prior(latent_model.prior(*condition_args)),
+    ]
     if isinstance(likelihood, nn.Module):
         for parameter in likelihood.parameters():
             is_convolution = parameter.ndim == 4
@@ -284,6 +288,9 @@ def validate_inputs(
         raise ValueError("there are no examples: at least one is needed")
     conditions = None
     if condition is not None:
+        has_names = getattr(model, "classes", None) is not None
+        if has_names and (isinstance(condition, str) or np.ndim(condition) < 2):
+            condition = cast(Any, model).as_condition(condition, n)
         conditions = as_real_tensor("conditions", condition)
         has_all = conditions.ndim > 0 and len(conditions) == n
         if not has_all or not conditions.isfinite().all():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'NETWORKS', 'MLP', 'GatedMLP', 'MLPDecoder', 'GatedMLPDecoder', 'ConvEncoder', 'ConvDecoder',
-           'EncoderDecoder']
+           'InputTransform', 'Standardize', 'Log1p', 'MaskMissing', 'TransformedInput', 'EncoderDecoder']
 
 # %% ../../nbs/model/24_networks.ipynb #4d4d14eb
 import math
@@ -42,7 +42,7 @@ def _concat_condition(x: Tensor, condition: Tensor | None, n_condition: int) -> 
         ValueError: the condition is missing, not expected, or of another shape.
     """
     if condition is None and n_condition == 0:
-        return x.flatten(1)
+        return x.flatten(1)  # no look at len(x): an exported network is for any number of rows
     if condition is None or n_condition == 0 or condition.shape != (len(x), n_condition):
         got = None if condition is None else tuple(condition.shape)
         raise ValueError(
@@ -273,7 +273,7 @@ class ConvEncoder(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Compute the network's numbers: as of an MLP."""
-        images = _check_shape(x, self.shape).reshape(len(x), *self.image_shape)
+        images = _check_shape(x, self.shape).reshape(-1, *self.image_shape)
         if self.scale != 1:
             images = images * self.scale
         features = self.body(_channels_last(images))
@@ -351,6 +351,127 @@ class ConvDecoder(nn.Module):
         """
         maps = self.body(_concat_condition(z, condition, self.n_condition))
         return self.out(maps.movedim(2, -1).flatten(1))
+
+# %% ../../nbs/model/24_networks.ipynb #9b97eaeb
+class InputTransform(nn.Module):
+    """A map of data points (m, *shape) to what an encoder is given, (m, *out_shape).
+
+    Args:
+        shape: of one data point.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """The shape of what the encoder is given for one data point."""
+        return self.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute what the encoder is given, (m, *out_shape), of data points (m, *shape)."""
+        return self.transform(_check_shape(x, self.shape))
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The map itself, of x whose shape fits."""
+        raise NotImplementedError
+
+    def inverse(self, u: Tensor) -> Tensor:
+        """Compute data points from what the encoder would be given for them."""
+        raise NotImplementedError
+
+
+class Standardize(InputTransform):
+    """Real numbers as their distance from a location, in units of a scale.
+
+    Args:
+        shape: of one data point.
+        location: broadcastable to it.
+        scale: broadcastable to it, positive.
+    """
+
+    location: Tensor
+    scale: Tensor
+
+    def __init__(self, shape: Sequence[int], location: Tensor, scale: Tensor) -> None:
+        super().__init__(shape)
+        self.register_buffer("location", location.to(torch.float32, copy=True))
+        self.register_buffer("scale", scale.to(torch.float32, copy=True))
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Compute (x - location) / scale."""
+        return (x - self.location) / self.scale
+
+    def inverse(self, u: Tensor) -> Tensor:
+        """Compute location + scale u."""
+        return self.location + self.scale * u
+
+
+class Log1p(InputTransform):
+    """Counts as log(1 + x)."""
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Compute log(1 + x)."""
+        return torch.log1p(x)
+
+    def inverse(self, u: Tensor) -> Tensor:
+        """Compute exp(u) - 1, no less than zero."""
+        return torch.expm1(u.relu())
+
+
+class MaskMissing(InputTransform):
+    """Zero where entries are missing, and beside it where they are: twice as many numbers, or channels.
+
+    Args:
+        shape: of one data point.
+        entries: what the entries that are seen go through first; None: nothing.
+    """
+
+    def __init__(self, shape: Sequence[int], entries: InputTransform | None = None) -> None:
+        super().__init__(shape)
+        self.entries = entries
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """(2 d,) of vectors (d,); images get a channel for each that they have."""
+        if len(self.shape) == 2:
+            return (2, *self.shape)
+        return (2 * self.shape[0], *self.shape[1:])
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Compute the entries, zero where they are NaN, and ones where they are."""
+        is_missing = x.isnan()
+        entries = x.masked_fill(is_missing, 0)
+        if self.entries is not None:
+            entries = self.entries(entries).masked_fill(is_missing, 0)
+        mask = is_missing.to(entries.dtype)
+        if len(self.shape) == 2:
+            return torch.stack([entries, mask], dim=1)
+        return torch.cat([entries, mask], dim=1)
+
+    def inverse(self, u: Tensor) -> Tensor:
+        """Compute data points without gaps, from the entries alone: u is (m, *shape)."""
+        return u if self.entries is None else self.entries.inverse(u)
+
+
+class TransformedInput(nn.Module):
+    """A network behind a map of its input, which leaves the condition as it is.
+
+    Args:
+        transform: of the input.
+        network: (m, *transform.out_shape), and a condition where it takes one, to (m, n_out).
+    """
+
+    def __init__(self, transform: InputTransform, network: nn.Module) -> None:
+        super().__init__()
+        self.transform = transform
+        self.network = network
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Compute the network's numbers, (m, n_out)."""
+        u = self.transform(x)
+        return self.network(u) if condition is None else self.network(u, condition)
 
 # %% ../../nbs/model/24_networks.ipynb #c56e1276
 class EncoderDecoder(NamedTuple):

@@ -8,7 +8,7 @@ __all__ = ['PRIORS', 'StandardNormal', 'DiagonalGaussianMixture', 'make_mixture'
 
 # %% ../../nbs/model/23_priors.ipynb #c84d596a
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,8 @@ class VampPrior(nn.Module):
     Args:
         posterior: the model's own, which is used but not registered here: move and save both with the model.
         pseudo_inputs: (K, *shape), where they start.
+        transform: of data points to numbers around one, with an `inverse` (see `networks.InputTransform`): the
+            pseudo-inputs are then kept, and learned, as such numbers. None: as data points.
 
     Raises:
         ValueError: there is no pseudo-input.
@@ -125,11 +127,17 @@ class VampPrior(nn.Module):
 
     posterior: nn.Module
 
-    def __init__(self, posterior: nn.Module, pseudo_inputs: Tensor) -> None:
+    def __init__(
+        self, posterior: nn.Module, pseudo_inputs: Tensor, transform: Any | None = None
+    ) -> None:
         super().__init__()
         as_int("the number of pseudo-inputs", len(pseudo_inputs))
         self.__dict__["posterior"] = posterior
-        self.pseudo_inputs = nn.Parameter(pseudo_inputs.to(torch.float32, copy=True))
+        pseudo_inputs = pseudo_inputs.to(torch.float32, copy=True)
+        self.transform = transform
+        if transform is not None:
+            pseudo_inputs = transform(pseudo_inputs)
+        self.pseudo_inputs = nn.Parameter(pseudo_inputs)
 
     def forward(self, condition: Tensor | None = None) -> MixtureSameFamily:
         """Return p(z), of batch shape () and event shape (d,).
@@ -142,7 +150,10 @@ class VampPrior(nn.Module):
                 "a VampPrior has no condition to give to the posterior: choose another prior for it"
             )
         logits = self.pseudo_inputs.new_zeros(len(self.pseudo_inputs))
-        return make_mixture(logits, self.posterior(self.pseudo_inputs))
+        x = self.pseudo_inputs
+        if self.transform is not None:
+            x = self.transform.inverse(x)
+        return make_mixture(logits, self.posterior(x))
 
 # %% ../../nbs/model/23_priors.ipynb #e98c94ae
 class FlowPrior(nn.Module):

@@ -659,9 +659,8 @@ def _model_of_run(run: Run, config: RunConfig, data: Data, seed: int) -> nn.Modu
     # a run that was cut off before its first checkpoint starts as it did
     with NOISE_LOCK, restored_random_states(torch.device("cpu")):
         torch.manual_seed(seed)
-        return model_from_config(
-            run.folder, config.model, mean=spec["mean"], examples=spec["examples"]
-        )
+        start = {name: spec[name] for name in ("mean", "std", "examples")}
+        return model_from_config(run.folder, config.model, **start)
 
 
 def _check_same_run(run: Run, config: RunConfig, expected: RunConfig) -> None:
