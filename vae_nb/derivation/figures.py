@@ -356,12 +356,12 @@ def image_grid(  # noqa: PLR0913 (what may be drawn, then how it is labelled)
     ax: Axes | None = None,
     row_labels: Sequence[str] = (),
 ) -> Figure:
-    """Draw grey images on a grid, row by row.
+    """Draw images on a grid, row by row.
 
     Args:
-        images: (m, height, width) or (m, 1, height, width), where 0 is white.
+        images: (m, height, width) or (m, 1, height, width), where 0 is white; or in colour (m, 3, height, width).
         ncol: images in a row.
-        vmax: the number that is black; default: the largest one.
+        vmax: the number that is black, or of colours the brightest; default: the largest one.
         title: above the axes.
         pad: pixels around each image.
         ax: draw here instead of on a new figure.
@@ -372,11 +372,18 @@ def image_grid(  # noqa: PLR0913 (what may be drawn, then how it is labelled)
     """
     pixels = _array(images)
     height, width = pixels.shape[-2:]
-    sheet = _sheet_of(pixels.reshape(len(pixels), height, width), ncol, pad)
+    is_colour = pixels.ndim == 4 and pixels.shape[1] == 3
+    if is_colour:
+        brightest = vmax or pixels.max() or 1
+        darkness = 1 - pixels / brightest  # zero, as where no image lies, is white
+        channels = [_sheet_of(channel, ncol, pad) for channel in darkness.swapaxes(0, 1)]
+        sheet = (1 - np.stack(channels, axis=-1)).clip(0, 1)
+    else:
+        sheet = _sheet_of(pixels.reshape(len(pixels), height, width), ncol, pad)
     # six inches wide, as high as that makes the sheet, and room for the title
     sheet_height = max(0.7, 6.0 * len(sheet) / sheet.shape[1])
     ax = _labelled_axes(ax, "", "", title, height=sheet_height + 0.3)
-    black = vmax or sheet.max() or 1
+    black = 1 if is_colour else vmax or sheet.max() or 1
     ax.imshow(sheet, cmap="gray_r", vmin=0, vmax=black, interpolation="nearest")
     middle_of_first_row = pad + (height - 1) / 2
     row_height = height + pad

@@ -37,6 +37,7 @@ from vae_nb.explore.plots import (
     plot_monitor,
     plot_rate_distortion,
     to_grayscale,
+    to_pictures,
 )
 from ..model.vae import VAE
 from ..training.runs import load_run
@@ -344,7 +345,7 @@ def plot_traversal(
         names = ["mean"]
         title = f"from example {a} to example {b}"
     return image_grid(
-        to_grayscale(pictures),
+        to_pictures(pictures),
         ncol=TRAVERSAL_STEPS,
         vmax=max_pixel_value(model),
         title=title,

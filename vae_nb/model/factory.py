@@ -57,7 +57,7 @@ def _validate_options(
                 f"{name!r} is no option of this {part}: it has {', '.join(allowed) or 'none'}"
             )
 
-# %% ../../nbs/model/26_factory.ipynb #8b61051c
+# %% ../../nbs/model/26_factory.ipynb #6159f308
 # By name: the likelihoods that it is for; None: all.
 SCALINGS: dict[str, type[Likelihood] | tuple[type[Likelihood], ...] | None] = {
     "none": None,
@@ -309,7 +309,7 @@ def _start_at_mean(likelihood: Likelihood, mean: Tensor) -> None:
     with torch.no_grad():
         bias.copy_(likelihood.params_for_mean(mean.float()).flatten())
 
-# %% ../../nbs/model/26_factory.ipynb #76b29072
+# %% ../../nbs/model/26_factory.ipynb #b8e96da3
 def _units_of(config: dict[str, Any], mean: Tensor | None, std: Tensor | None) -> _Units | None:
     """Find location and scale of a valid configuration; None where data are not standardised.
 
@@ -344,7 +344,7 @@ def _default_std(shape: tuple[int, ...]) -> Tensor:
     """Ones of the shape that the deviation has: one for each column of a table, one for all pixels of an image."""
     return torch.ones(shape if len(shape) == 1 else ())
 
-# %% ../../nbs/model/26_factory.ipynb #415a967b
+# %% ../../nbs/model/26_factory.ipynb #b6df7344
 def _as_config(arguments: dict[str, Any], is_standardized: bool) -> dict[str, Any]:
     """A model's configuration from the arguments of `build_vae`, with the defaults that depend on others.
 
