@@ -1154,7 +1154,6 @@ def same_steps(data: Data, device: torch.device, quick: bool) -> dict[str, dict[
     """
     found: dict[str, dict[str, Any]] = {}
     seeds = range(3 if quick else 6)
-    here = [name for name in ("bare-compiled", "jax") if name not in left_out(device)]
     print(
         "\nThe bound after a few steps from the same weights, nats; differences in standard errors"
     )
@@ -1162,8 +1161,7 @@ def same_steps(data: Data, device: torch.device, quick: bool) -> dict[str, dict[
         like_ours = "sampled" if w.k == 1 else "bare"
         pairs = [("ours", like_ours)]
         runs = contenders(w, device)
-        others = [name for name in here if name in runs]
-        pairs += [(name, "bare") for name in others]
+        pairs += [(name, "bare") for name in ("bare-compiled", "jax") if name in runs]
         names = dict.fromkeys(name for pair in pairs for name in pair)
         steps = (STEPS // 10 if w.network == "conv" else STEPS) // (3 if quick else 1)
         bounds = {

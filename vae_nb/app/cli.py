@@ -15,9 +15,9 @@ __all__ = ['app', 'SIZE_ERRORS', 'TERMINAL_COLUMNS', 'REPORT_K', 'MAX_REPORT_K',
            'check_recipe_start', 'train_recipe', 'restarted_run', 'resume_run', 'train_config', 'model_options',
            'build_model', 'new_trainer', 'train', 'recipe_line', 'recipes', 'n_condition_of', 'condition_for',
            'evaluate_run', 'output_dir', 'samples_path', 'check_sample_size', 'class_names', 'sample_condition',
-           'draw_samples', 'samples_content', 'sample', 'load_examples', 'posterior_means', 'codes_table', 'columns_of',
-           'csv_bytes', 'format_cell', 'encode', 'impute', 'lab', 'explore', 'QuietStream', 'open_missing_streams',
-           'silence_if_broken', 'print_warning', 'launched_group', 'main']
+           'draw_samples', 'csv_bytes', 'table_bytes', 'format_cell', 'samples_content', 'sample', 'load_examples',
+           'checked_examples', 'posterior_means', 'codes_table', 'encode', 'impute', 'lab', 'explore', 'QuietStream',
+           'open_missing_streams', 'silence_if_broken', 'print_warning', 'launched_group', 'main']
 
 # %% ../../nbs/app/59_cli.ipynb #1fd1f29f
 import csv
@@ -289,9 +289,8 @@ def model_in_words(model: "VAE") -> str:
         f"{config['likelihood']} likelihood, {config['posterior']} posterior, "
         f"{config['prior']} prior"
     )
-    classes = config["classes"]
-    if classes is not None:
-        text += f", all conditioned on the classes {in_a_row(classes)}"
+    if model.classes is not None:
+        text += f", all conditioned on the classes {in_a_row(model.classes)}"
     elif config["n_condition"]:
         text += ", all conditioned on the labels"
     return text
@@ -1182,8 +1181,7 @@ def check_sample_size(model: "VAE", n: int, is_picture: bool) -> None:
 
 def class_names(model: "VAE") -> list[str]:
     """Names of the classes that a model is conditioned on; their numbers where they have none."""
-    assert model.config is not None
-    return model.config["classes"] or [str(i) for i in range(n_condition_of(model))]
+    return model.classes or [str(i) for i in range(n_condition_of(model))]
 
 
 def sample_condition(run: Path, model: "VAE", n: int, label: str | None) -> "Tensor | None":
@@ -1220,6 +1218,45 @@ def draw_samples(model: "VAE", n: int, mean: bool, condition: "Tensor | None") -
     return np.concatenate(parts)
 
 
+def csv_bytes(table: "dict[str, np.ndarray]", columns: Sequence[str] | None = None) -> bytes:
+    """Columns by name as the content of a .csv file.
+
+    Args:
+        table: (n,) columns, or vectors (n, ...), which become columns z1, z2, …
+        columns: names of what x becomes; None: x1, x2, …
+    """
+    names: list[str] = []
+    cells: list[list[Any]] = []
+    for name, values in table.items():
+        parts = values[:, None] if values.ndim == 1 else values.reshape(len(values), -1)
+        cells += [[format_cell(value) for value in part.tolist()] for part in parts.T]
+        if values.ndim == 1:
+            names.append(name)
+        elif name == "x" and columns is not None:
+            names += columns
+        else:
+            names += [f"{name}{i + 1}" for i in range(parts.shape[1])]
+    content = io.StringIO(newline="")
+    writer = csv.writer(content, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(zip(*cells, strict=True))
+    return content.getvalue().encode()
+
+
+def table_bytes(
+    table: "dict[str, np.ndarray]", suffix: str, columns: Sequence[str] | None = None
+) -> bytes:
+    """Columns by name as the content of an .npz or .csv file: see `csv_bytes`."""
+    return npz_bytes(table) if suffix == ".npz" else csv_bytes(table, columns)
+
+
+def format_cell(value: Any) -> Any:
+    """A cell of a .csv file: nine digits of a number, nothing for one that is missing."""
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.9g}"
+
+
 def samples_content(
     model: "VAE", n: int, mean: bool, condition: "Tensor | None", suffix: str
 ) -> bytes:
@@ -1229,7 +1266,7 @@ def samples_content(
     if suffix == ".png":
         return png_bytes(plot_samples(model, n, mean=mean, condition=condition))
     x = draw_samples(model, n, mean, condition)
-    return npz_bytes({"x": x}) if suffix == ".npz" else csv_bytes({"x": x}, columns_of(model))
+    return table_bytes({"x": x}, suffix, model.columns)
 
 
 @app.command()
@@ -1296,8 +1333,25 @@ def load_examples(
     model = load(run)
     config = model.config
     assert config is not None  # `load` built it from its config.json
-    items = load_items(data, config["likelihood"], seed, config["columns"], config["classes"])
+    items = load_items(data, config["likelihood"], seed, model.columns, model.classes)
     return model, items
+
+
+def checked_examples(
+    run: Path, split: str, data_dir: Path | None, seed: int, data: str | None, k: int
+) -> "tuple[VAE, Items, Tensor | None]":
+    """The model of a run, examples for it and their condition, which go together and allow k samples for each.
+
+    Raises:
+        ValueError: where they do not.
+    """
+    from vae_nb.evaluation.estimates import validate_inputs, validate_work
+
+    model, items = load_examples(run, split, data_dir, seed, data)
+    condition = condition_for(run, model, items.labels)
+    validate_work(k, len(items.x))
+    validate_inputs(model, items.x, condition)
+    return model, items, condition
 
 
 def posterior_means(model: "VAE", x: "Tensor", condition: "Tensor | None") -> "Tensor":
@@ -1334,43 +1388,6 @@ def codes_table(
     return {name: np.asarray(column) for name, column in columns.items()}
 
 
-def columns_of(model: "VAE") -> list[str] | None:
-    """Names of the columns of the table that a model was trained on; None if they had none."""
-    return None if model.config is None else model.config["columns"]
-
-
-def csv_bytes(table: "dict[str, np.ndarray]", columns: Sequence[str] | None = None) -> bytes:
-    """Columns by name as the content of a .csv file.
-
-    Args:
-        table: (n,) columns, or vectors (n, ...), which become columns z1, z2, …
-        columns: names of what x becomes; None: x1, x2, …
-    """
-    names: list[str] = []
-    cells: list[list[Any]] = []
-    for name, values in table.items():
-        parts = values[:, None] if values.ndim == 1 else values.reshape(len(values), -1)
-        cells += [[format_cell(value) for value in part.tolist()] for part in parts.T]
-        if values.ndim == 1:
-            names.append(name)
-        elif name == "x" and columns is not None:
-            names += columns
-        else:
-            names += [f"{name}{i + 1}" for i in range(parts.shape[1])]
-    content = io.StringIO(newline="")
-    writer = csv.writer(content, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows(zip(*cells, strict=True))
-    return content.getvalue().encode()
-
-
-def format_cell(value: Any) -> Any:
-    """A cell of a .csv file: nine digits of a number, nothing for one that is missing."""
-    if not isinstance(value, float):
-        return value
-    return "" if math.isnan(value) else f"{value:.9g}"
-
-
 @app.command()
 def encode(  # noqa: PLR0913 (the options)
     run: RunFolder,
@@ -1398,7 +1415,7 @@ def encode(  # noqa: PLR0913 (the options)
     from vae_nb.base.devices import resolve_device
     from vae_nb.base.files import write_atomically
     from vae_nb.base.seeding import as_seed
-    from vae_nb.evaluation.estimates import per_example, validate_inputs, validate_work
+    from vae_nb.evaluation.estimates import per_example
 
     with usage_errors():
         as_int("--k", k)
@@ -1406,19 +1423,14 @@ def encode(  # noqa: PLR0913 (the options)
         path = out or output_dir(run) / f"codes-{Path(data).stem if data else split}.npz"
         if run.is_dir():
             check_output_path(path, (".npz", ".csv"))
-        model, items = load_examples(run, split, data_dir, seed, data)
-        x = items.x
-        condition = condition_for(run, model, items.labels)
-        validate_work(k, len(x))
-        validate_inputs(model, x, condition)
+        model, items, condition = checked_examples(run, split, data_dir, seed, data, k)
         model.to(resolve_device(device))
     with machine_errors():
-        estimates = per_example(model, x, k, seed, condition, progress=sys.stderr.isatty())
-        assert model.config is not None
-        classes = model.config["classes"]
-        table = codes_table(posterior_means(model, x, condition), estimates, items, classes)
-        write_atomically(path, npz_bytes(table) if path.suffix == ".npz" else csv_bytes(table))
-    typer.echo(f"{len(x)} examples, mean log p(x) {estimates.log_px.mean():.3f} nats: {path}")
+        estimates = per_example(model, items.x, k, seed, condition, progress=sys.stderr.isatty())
+        codes = posterior_means(model, items.x, condition)
+        table = codes_table(codes, estimates, items, model.classes)
+        write_atomically(path, table_bytes(table, path.suffix))
+    typer.echo(f"{len(items.x)} examples, mean log p(x) {estimates.log_px.mean():.3f} nats: {path}")
 
 # %% ../../nbs/app/59_cli.ipynb #dadaf394
 @app.command()
@@ -1445,7 +1457,6 @@ def impute(  # noqa: PLR0913 (the options)
     from vae_nb.base.devices import resolve_device
     from vae_nb.base.files import write_atomically
     from vae_nb.base.seeding import as_seed
-    from vae_nb.evaluation.estimates import validate_inputs, validate_work
 
     with usage_errors():
         as_int("--k", k)
@@ -1453,17 +1464,13 @@ def impute(  # noqa: PLR0913 (the options)
         path = out or output_dir(run) / f"imputed-{Path(data).stem}.csv"
         if run.is_dir():
             check_output_path(path, (".npz", ".csv"))
-        model, items = load_examples(run, "test", None, seed, data)
-        condition = condition_for(run, model, items.labels)
-        validate_work(k, len(items.x))
-        validate_inputs(model, items.x, condition)
+        model, items, condition = checked_examples(run, "test", None, seed, data, k)
         model.to(resolve_device(device))
         torch.manual_seed(seed)
     with machine_errors():
         filled, sizes = model.impute(items.x, k, condition, mean, return_ess=True)
         table = {"x": filled.cpu().numpy()}
-        content = npz_bytes(table) if path.suffix == ".npz" else csv_bytes(table, columns_of(model))
-        write_atomically(path, content)
+        write_atomically(path, table_bytes(table, path.suffix, model.columns))
     is_missing = items.x.isnan()
     text = f"{counted(int(is_missing.sum()), 'missing value')} of {len(filled)} examples filled in"
     if is_missing.any():

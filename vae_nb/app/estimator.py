@@ -20,6 +20,7 @@ from ..base.seeding import NOISE_LOCK, restored_random_states
 from ..data.dataset import Data
 from ..derivation.elbo import log_terms
 from ..derivation.importance import iwae
+from ..evaluation.estimates import evaluation_mode
 from ..model.factory import build_vae
 from ..model.likelihoods import LIKELIHOODS, Likelihood
 from ..training.configuration import TrainConfig
@@ -209,7 +210,6 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         check_is_fitted(self)
         return self.model_.decode(torch.as_tensor(np.asarray(Z, np.float64))).numpy()
 
-    @torch.no_grad()
     def score_samples(self, X: Any) -> np.ndarray:
         """Estimate log p(x) of rows: the lower, the more abnormal (equation 6.2).
 
@@ -223,7 +223,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         k = as_int("n_samples", self.n_samples)
         cast(Likelihood, self.model_.likelihood).check(x)
         scores = []
-        with NOISE_LOCK, restored_random_states(torch.device("cpu")):
+        with evaluation_mode(self.model_, self._seed):
             for row in x.split(1):
                 torch.manual_seed(self._seed)
                 scores.append(iwae(log_terms(self.model_, row, k).log_w))
@@ -248,8 +248,7 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             (n, d).
         """
         check_is_fitted(self)
-        with NOISE_LOCK, restored_random_states(torch.device("cpu")):
-            torch.manual_seed(self._seed)
+        with evaluation_mode(self.model_, self._seed):
             return self.model_.sample(n).numpy()
 
     def impute(self, X: Any, mean: bool = True) -> np.ndarray:
@@ -263,7 +262,6 @@ class VAEEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             (n, d), what is seen as it was.
         """
         x, dtype = self._rows(X)
-        with NOISE_LOCK, restored_random_states(torch.device("cpu")):
-            torch.manual_seed(self._seed)
+        with evaluation_mode(self.model_, self._seed):
             filled = self.model_.impute(x, self.n_samples, mean=mean)
         return filled.numpy().astype(dtype)

@@ -7,7 +7,7 @@ __all__ = ['MAX_CLASSES', 'FINGERPRINT_SCHEME', 'as_condition', 'Data', 'fingerp
 
 # %% ../../nbs/data/31_dataset.ipynb #0342be2d
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,14 +208,15 @@ class Data:
     @property
     def spec(self) -> dict[str, Any]:
         """What `build_vae` needs to know of the data, and to start from: build_vae(**data.spec, latent_dim=2)."""
+        mean, std = self._mean_and_std()
         return {
             "shape": self.shape,
             "likelihood": self.likelihood,
             "total": self.total,
-            "mean": self._mean_input(),
-            "std": self._std_input(),
+            "mean": mean,
+            "std": std,
             "n_condition": self.n_condition,
-            "examples": self._examples(),
+            "examples": self._examples(mean),
             "missing": self.has_missing,
             "classes": self._class_names(),
             "columns": self.columns,
@@ -240,46 +241,40 @@ class Data:
         )
         return any(bool(part.isnan().any()) for part in parts)
 
-    def _mean_input(self) -> Tensor:
-        """The mean of the training set as a model sees it, over what is not missing, (*shape), float32."""
-        return self._mean().float()
-
-    def _mean(self) -> Tensor:
-        total = torch.zeros(self.shape, dtype=torch.float64)
-        n_seen = torch.zeros(self.shape, dtype=torch.float64)
-        for part in self._float64_parts():
-            total += part.nansum(0)
-            n_seen += (~part.isnan()).sum(0)
-        return total / n_seen
-
-    def _std_input(self) -> Tensor:
-        """The standard deviation of the training set as a model sees it, float32.
+    def _mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the training set as a model sees it, over what is not missing, float32.
 
         Returns:
-            (*shape), each column's, for vectors; one number for all entries, (), around the mean of each, for other shapes.
+            The mean (*shape); and the deviation, of vectors (*shape), each column's, of other shapes one number for all
+            entries, (), around the mean of each.
         """
-        mean = self._mean()
-        squares = torch.zeros(self.shape, dtype=torch.float64)
-        n_seen = torch.zeros(self.shape, dtype=torch.float64)
-        for part in self._float64_parts():
-            squares += ((part - mean) ** 2).nansum(0)
-            n_seen += (~part.isnan()).sum(0)
-        variance = squares / n_seen
+        mean = self._average(lambda rows: rows)
+        variance = self._average(lambda rows: (rows - mean) ** 2)
         if len(self.shape) != 1:
             variance = variance.mean()
-        return variance.sqrt().float()
+        unit = 255 if self.grayscale else 1
+        return (mean / unit).float(), (variance.sqrt() / unit).float()
 
-    def _float64_parts(self) -> Iterator[Tensor]:
-        """The training set in float64, grey levels in [0, 1], some rows at a time: that takes the memory of bytes eight times."""
+    def _average(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """The mean of a function of the training set's rows as stored, (*shape), float64, over what is not missing."""
+        total = torch.zeros(self.shape, dtype=torch.float64)
+        n_missing = torch.zeros(self.shape, dtype=torch.float64)
+        # some rows at a time: a copy in float64 takes eight times the memory of bytes
         for part in self.train.split(BATCH_ROWS):
-            yield part.double() / 255 if self.grayscale else part.double()
+            values = function(part.double())
+            if part.is_floating_point():
+                is_missing = part.isnan()
+                n_missing += is_missing.sum(0)
+                values = values.masked_fill(is_missing, 0)
+            total += values.sum(0)
+        return total / (len(self.train) - n_missing)
 
-    def _examples(self) -> Tensor:
+    def _examples(self, mean: Tensor) -> Tensor:
         """Up to 1000 data points of the training set as a model sees them, the mean in place of what is missing."""
         examples = self.to_model_input(self.train[:1000], torch.Generator().manual_seed(0))
         if not examples.is_floating_point():
             return examples
-        return torch.where(examples.isnan(), self._mean_input(), examples)
+        return torch.where(examples.isnan(), mean, examples)
 
     def to_model_input(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Turn stored training data into what a model sees.

@@ -25,6 +25,7 @@ from vae_nb.data.arrays import (
     Labels,
     check_dtype,
     check_memory,
+    is_picture,
     memory_limit,
     picture_shape,
     require_regular_file,
@@ -47,9 +48,7 @@ def _split_item(item: Any) -> tuple[Any, list[Any]]:
 
 
 def _is_grey(picture: np.ndarray) -> bool:
-    """Whether a picture has no colour: (h, w), or (3, h, w) of three that are equal."""
-    if picture.ndim == 2:
-        return True
+    """Whether the three colours of a picture, (3, h, w), are equal."""
     red, green, blue = picture
     return bool((red == green).all() and (red == blue).all())
 
@@ -82,7 +81,7 @@ class _Stack:
     def add(self, item: Any) -> None:
         """Add an item: x, or (x, y). Raises ValueError if it does not fit."""
         x, labels = _split_item(item)
-        if hasattr(x, "convert"):
+        if is_picture(x):
             self._expect(picture_shape(x), 1)
             block = self._picture_block(to_array(x))
         else:

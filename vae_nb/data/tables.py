@@ -11,12 +11,13 @@ import itertools
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from .arrays import Labels, check_dtype, check_memory, require_regular_file
+from .arrays import REAL_KINDS, Labels, check_memory, require_regular_file
 
 # %% ../../nbs/data/29_tables.ipynb #e571499c
 class Table(NamedTuple):
@@ -93,7 +94,7 @@ def is_frame(source: Any) -> bool:
 def _frame_column(column: Any) -> np.ndarray:
     """The entries of a frame's column; numbers in float64 where some are missing."""
     values = np.asarray(column)
-    if values.dtype.kind in "biuf":
+    if values.dtype.kind in REAL_KINDS:
         return values
     try:  # pandas' own kinds of numbers, with gaps
         return np.asarray(column.to_numpy(dtype=np.float64, na_value=np.nan))
@@ -104,16 +105,6 @@ def _frame_column(column: Any) -> np.ndarray:
 def _is_text(values: np.ndarray) -> bool:
     """Whether all entries are words."""
     return all(isinstance(value, str) for value in values.ravel().tolist())
-
-
-def _object_numbers(values: np.ndarray) -> np.ndarray:
-    """Objects as float64, None as NaN. Raises ValueError where some are no numbers."""
-    if values.dtype.kind != "O" or any(isinstance(value, str) for value in values.tolist()):
-        raise ValueError("no numbers")
-    try:
-        return values.astype(np.float64)
-    except (TypeError, ValueError):
-        raise ValueError("no numbers") from None
 
 
 def read_frame(frame: Any, with_labels: bool = True) -> Table:
@@ -151,20 +142,16 @@ def read_frame(frame: Any, with_labels: bool = True) -> Table:
 
 def _numbers_of(values: np.ndarray, name: str) -> np.ndarray:
     """A column's entries as numbers. Raises ValueError, with the column's name, for others."""
-    if values.dtype.kind == "O":
-        try:
-            return _object_numbers(values)
-        except ValueError:
-            pass  # said below
-    try:
-        check_dtype(values.dtype)
-    except ValueError:
-        kind = "words" if values.dtype.kind in "OUS" and _is_text(values) else "no numbers"
-        raise ValueError(
-            f"column {name!r:.60} holds {kind} ({values.dtype!s:.20}): leave it out, or turn it into "
-            "numbers, such as one column of 0 and 1 for each word"
-        ) from None
-    return values
+    if values.dtype.kind == "O" and not any(isinstance(value, str) for value in values.tolist()):
+        with suppress(TypeError, ValueError):
+            return values.astype(np.float64)  # None becomes NaN
+    if values.dtype.kind in REAL_KINDS:
+        return values
+    kind = "words" if _is_text(values) else "no numbers"
+    raise ValueError(
+        f"column {name!r:.60} holds {kind} ({values.dtype!s:.20}): leave it out, or turn it into "
+        "numbers, such as one column of 0 and 1 for each word"
+    )
 
 # %% ../../nbs/data/29_tables.ipynb #89072288
 MAX_LINE_LENGTH = 2**24  # characters
@@ -191,8 +178,8 @@ def _bounded_lines(file: IO[str], path: Path) -> Iterator[str]:
 def _separator(path: Path) -> str:
     """What separates the columns of a .csv file: a tab, a semicolon or, mostly, a comma."""
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        lines = [line for line in itertools.islice(_bounded_lines(file, path), _SNIFFED_LINES)]
-    lines = [line for line in lines if line.strip()]
+        first_lines = itertools.islice(_bounded_lines(file, path), _SNIFFED_LINES)
+        lines = [line for line in first_lines if line.strip()]
     for separator in ("\t", ";"):
         counts = {line.count(separator) for line in lines}
         if len(counts) == 1 and counts != {0}:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, MixtureSameFamily
@@ -33,7 +32,7 @@ from ..derivation.elbo import Terms, distortion, elbo, log_terms, rate
 from ..derivation.evidence import LatentModel
 from ..derivation.importance import effective_sample_size, iwae
 from ..model.priors import DiagonalGaussianMixture
-from ..model.vae import as_real_tensor
+from ..model.vae import are_classes, as_real_tensor
 
 # %% ../../nbs/evaluation/35_estimates.ipynb #29fc6d77
 @contextmanager
@@ -288,8 +287,7 @@ def validate_inputs(
         raise ValueError("there are no examples: at least one is needed")
     conditions = None
     if condition is not None:
-        has_names = getattr(model, "classes", None) is not None
-        if has_names and (isinstance(condition, str) or np.ndim(condition) < 2):
+        if getattr(model, "classes", None) is not None and are_classes(condition):
             condition = cast(Any, model).as_condition(condition, n)
         conditions = as_real_tensor("conditions", condition)
         has_all = conditions.ndim > 0 and len(conditions) == n

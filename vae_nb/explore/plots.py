@@ -490,8 +490,7 @@ def _empty_figure(width: float, height: float) -> Figure:
 
 def column_names(model: VAE, n_columns: int) -> list[str]:
     """Names of the columns of a table, as the model knows them, or else their numbers."""
-    names = None if model.config is None else model.config.get("columns")
-    return list(names) if names else [f"column {i}" for i in range(n_columns)]
+    return model.columns or [f"column {i}" for i in range(n_columns)]
 
 
 def _drawn_rows(model: VAE, x: Tensor, condition: Tensor | None) -> Tensor:

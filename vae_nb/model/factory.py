@@ -75,12 +75,10 @@ def default_scaling(likelihood: str, standardized: bool = True) -> str:
         standardized: whether real numbers are standardised; for that the deviation of the data must be known.
     """
     likelihood_class = choose("likelihood", likelihood, LIKELIHOODS)
-    if issubclass(likelihood_class, BoundedIntegerLikelihood):
-        return "total"
-    if issubclass(likelihood_class, (PoissonLikelihood, NegativeBinomialLikelihood)):
-        return "log1p"
-    is_real = issubclass(likelihood_class, GaussianLikelihood)
-    return "standard" if is_real and standardized else "none"
+    for name, suited in SCALINGS.items():
+        if suited is not None and issubclass(likelihood_class, suited):
+            return name if standardized or name != "standard" else "none"
+    return "none"
 
 
 def complete_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -458,8 +456,9 @@ def build_vae(  # noqa: PLR0913 (a model has that many sizes and names)
         ValueError: names and sizes that are not allowed, a vamp prior with a condition, a conditional prior without.
     """
     arguments = dict(locals())
-    start = {name: arguments.pop(name) for name in ("mean", "std", "examples")}
-    config = _as_config(arguments, is_standardized=start["std"] is not None)
+    for where_it_starts in ("mean", "std", "examples"):
+        del arguments[where_it_starts]
+    config = _as_config(arguments, is_standardized=std is not None)
     _validate_config(config)
     units = _units_of(config, mean, std)
     # In this order, since each part draws its first weights.
@@ -471,4 +470,5 @@ def build_vae(  # noqa: PLR0913 (a model has that many sizes and names)
     model = VAE(likelihood_part, posterior_part, prior_part)
     model.config = config
     model.classes = config["classes"]
+    model.columns = config["columns"]
     return model

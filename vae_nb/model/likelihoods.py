@@ -133,11 +133,10 @@ class Likelihood(nn.Module):
         Raises:
             ValueError: there are none, or they are of another shape, not finite, or outside of the support.
         """
-        for part in x.split(BATCH_ROWS) if x.ndim else (x,):
-            _validate(self, part, self)
+        _validate(self, x, self)
 
     def check_input(self, x: Tensor) -> None:
-        """Check that data can be encoded: as `check`, but for bits also probabilities of a one.
+        """Check that data can be encoded: as `check`, where a likelihood does not allow more.
 
         Args:
             x: (n, *shape).
@@ -145,9 +144,7 @@ class Likelihood(nn.Module):
         Raises:
             ValueError: as `check`.
         """
-        rule = ContinuousBernoulliLikelihood if isinstance(self, BernoulliLikelihood) else self
-        for part in x.split(BATCH_ROWS) if x.ndim else (x,):
-            _validate(self, part, rule)
+        self.check(x)
 
 
 def _validate_condition(z: Tensor, condition: Tensor) -> None:
@@ -249,6 +246,12 @@ def _validate(likelihood: Likelihood, x: Tensor, rule: Likelihood | type[Likelih
         x: (n, *shape).
         rule: the likelihood that says which entries are allowed: the same, or a wider one.
     """
+    for part in x.split(BATCH_ROWS) if x.ndim else (x,):
+        _validate_rows(likelihood, part, rule)
+
+
+def _validate_rows(likelihood: Likelihood, x: Tensor, rule: Likelihood | type[Likelihood]) -> None:
+    """Validate some rows: see `_validate`."""
     if tuple(x.shape[1:]) != likelihood.shape:
         raise ValueError(
             f"the likelihood is for data points of shape {likelihood.shape}: got {tuple(x.shape[1:])}"
@@ -302,6 +305,10 @@ class BernoulliLikelihood(Likelihood):
     def sample_from(self, params: Tensor) -> Tensor:
         """Draw bits."""
         return torch.bernoulli(params.sigmoid())
+
+    def check_input(self, x: Tensor) -> None:
+        """Check that data can be encoded: bits, or probabilities of a one."""
+        _validate(self, x, ContinuousBernoulliLikelihood)
 
 # %% ../../nbs/model/20_likelihoods.ipynb #82d91cc5
 class BoundedIntegerLikelihood(Likelihood):

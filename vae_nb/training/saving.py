@@ -241,9 +241,7 @@ def _simple_attributes(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, kinds)
-        and not name.startswith("_")
-        and name not in ("training", "config")
+        if isinstance(value, kinds) and not name.startswith("_") and name != "training"
     }
 
 
