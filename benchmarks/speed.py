@@ -256,7 +256,9 @@ def fit(w: Workload, data: Data, device: torch.device, epochs: int, seed: int = 
     history = trainer.fit(
         progress=False, on_epoch=lambda record: threads.append(torch.get_num_threads())
     )
-    return Fit(trainer.model, [record["seconds"] for record in history], threads[-1])
+    # of several processes only the first calls on_epoch
+    n_threads = threads[-1] if threads else torch.get_num_threads()
+    return Fit(trainer.model, [record["seconds"] for record in history], n_threads)
 
 
 def ours(w: Workload, data: Data, device: torch.device) -> dict[str, float]:

@@ -11,13 +11,14 @@ __all__ = ['app', 'SIZE_ERRORS', 'TERMINAL_COLUMNS', 'REPORT_K', 'MAX_REPORT_K',
            'some_examples', 'evaluate_splits', 'report_entries', 'save_figures', 'ending_in_words', 'resume_command',
            'next_commands', 'run_summary', 'recipe_for_result', 'write_report', 'Ending', 'later_signals', 'Failure',
            'failure_of', 'fit', 'save_model', 'report', 'locked', 'remove_failed_run', 'exit_with', 'train_and_report',
-           'check_new_folder', 'parse_widths', 'chosen_sizes', 'data_spec', 'claim_folder', 'start_run',
-           'check_recipe_start', 'train_recipe', 'restarted_run', 'resume_run', 'train_config', 'model_options',
-           'build_model', 'new_trainer', 'train', 'recipe_line', 'recipes', 'n_condition_of', 'condition_for',
-           'evaluate_run', 'output_dir', 'samples_path', 'check_sample_size', 'class_names', 'sample_condition',
-           'draw_samples', 'csv_bytes', 'table_bytes', 'format_cell', 'samples_content', 'sample', 'load_examples',
-           'checked_examples', 'posterior_means', 'codes_table', 'encode', 'impute', 'lab', 'explore', 'QuietStream',
-           'open_missing_streams', 'silence_if_broken', 'print_warning', 'launched_group', 'main']
+           'check_new_folder', 'parse_widths', 'parse_std', 'parse_column_likelihoods', 'chosen_sizes', 'data_spec',
+           'claim_folder', 'start_run', 'check_recipe_start', 'train_recipe', 'restarted_run', 'resume_run',
+           'train_config', 'model_options', 'build_model', 'new_trainer', 'train', 'recipe_line', 'recipes',
+           'n_condition_of', 'condition_for', 'evaluate_run', 'output_dir', 'samples_path', 'check_sample_size',
+           'model_has_rows', 'class_names', 'sample_condition', 'draw_samples', 'csv_bytes', 'table_bytes',
+           'format_cell', 'samples_content', 'sample', 'load_examples', 'checked_examples', 'posterior_means',
+           'codes_table', 'encode', 'impute', 'lab', 'explore', 'QuietStream', 'open_missing_streams',
+           'silence_if_broken', 'print_warning', 'launched_group', 'main']
 
 # %% ../../nbs/app/59_cli.ipynb #1fd1f29f
 import csv
@@ -49,6 +50,7 @@ from vae_nb.app.options import (
     Beta,
     Binarize,
     Browser,
+    ColumnLikelihoods,
     Compile,
     Conditional,
     DataDir,
@@ -79,6 +81,7 @@ from vae_nb.app.options import (
     Seed,
     Sizes,
     Split,
+    StdName,
     TrainDefaults,
     Warmup,
     default_sizes,
@@ -757,6 +760,34 @@ def parse_widths(hidden: str) -> tuple[int, ...]:
         ) from None
 
 
+def parse_std(std: str) -> float | str:
+    """The standard deviation of a Gaussian likelihood from a text: a number, or a name, which is checked later."""
+    try:
+        return float(std)
+    except ValueError:
+        return std
+
+
+def parse_column_likelihoods(text: str | None) -> dict[str, str] | None:
+    """Likelihoods of columns from a text: visits=poisson,3=categorical → {"visits": "poisson", "3": "categorical"}.
+
+    Raises:
+        ValueError: a part without a column, an equals sign or a likelihood.
+    """
+    if text is None:
+        return None
+    likelihoods: dict[str, str] = {}
+    for part in text.split(","):
+        column, equals, likelihood = (word.strip() for word in part.rpartition("="))
+        if not (column and equals and likelihood):
+            raise ValueError(
+                "--column-likelihoods is columns with likelihoods, such as visits=poisson,ward=categorical: "
+                f"got {text!r:.60}"
+            )
+        likelihoods[column] = likelihood
+    return likelihoods
+
+
 def chosen_sizes(data: str, **options: Any) -> Sizes:
     """The sizes of a model and its training: the options, or where they are None, the defaults for the data set."""
     explicit = {name: value for name, value in options.items() if value is not None}
@@ -777,6 +808,11 @@ def data_spec(data: "Data", likelihood: str | None) -> dict[str, Any]:
     if is_for_counts and data.total is None:
         raise ValueError(
             f"a {likelihood} likelihood is for counts, as in digits: {data.name} has none"
+        )
+    if data.parts is not None:
+        raise ValueError(
+            f"the columns of {data.name} are of several kinds: choose their likelihoods one by one, by "
+            "--column-likelihoods"
         )
     total = data.total if is_for_counts else None
     return {**data.spec, "likelihood": likelihood, "total": total}
@@ -922,7 +958,12 @@ def train_config(sizes: Sizes, beta: float, kl_warmup: int, **options: Any) -> "
 
 
 def model_options(
-    sizes: Sizes, hidden: str | None, network: str, likelihood: str | None, **parts: Any
+    sizes: Sizes,
+    hidden: str | None,
+    network: str,
+    likelihood: str | None,
+    std: str | None = None,
+    **parts: Any,
 ) -> dict[str, Any]:
     """Arguments of `build_model`, checked as far as they can be without data. The widths have a default for an mlp only."""
     from vae_nb.base.arguments import as_int, choose
@@ -935,6 +976,8 @@ def model_options(
     if likelihood is not None:
         choose("likelihood", likelihood, LIKELIHOODS)
     sized = {"latent_dim": latent_dim, "hidden": widths}
+    if std is not None:
+        parts["likelihood_options"] = {"std": parse_std(std)}
     return {**sized, "network": network, "likelihood": likelihood, **parts}
 
 
@@ -981,10 +1024,12 @@ def train(  # noqa: PLR0913 (the options)
     data_dir: DataDir = None,
     binarize: Binarize = None,
     conditional: Conditional = False,
+    column_likelihoods: ColumnLikelihoods = None,
     latent_dim: LatentDim = None,
     network: NetworkName = TrainDefaults.network,
     hidden: Hidden = None,
     likelihood: LikelihoodName = None,
+    std: StdName = None,
     posterior: PosteriorName = TrainDefaults.posterior,
     prior: PriorName = TrainDefaults.prior,
     objective: ObjectiveName = TrainDefaults.objective,
@@ -1026,10 +1071,12 @@ def train(  # noqa: PLR0913 (the options)
     )
     optimisation = {"lr": lr, "objective": objective, "k": k, "ema": ema, "patience": patience}
     distributions = {"likelihood": likelihood, "posterior": posterior, "prior": prior}
+    distributions |= {"std": std}
     data_options: dict[str, Any] = {"source": data, "root": data_dir}
     data_options |= {"binarize": binarize, "conditional": conditional}
     with usage_errors():
         check_new_folder(out)
+        data_options["likelihoods"] = parse_column_likelihoods(column_likelihoods)
         config = train_config(sizes, beta, kl_warmup, **optimisation, **settings)
         options = model_options(sizes, hidden, network, **distributions)
         trainer = new_trainer(config, data_options, options, start, compile)
@@ -1179,6 +1226,12 @@ def check_sample_size(model: "VAE", n: int, is_picture: bool) -> None:
         )
 
 
+def model_has_rows(model: "VAE") -> bool:
+    """Whether a model's data points are vectors, such as the rows of a table."""
+    assert model.config is not None  # `load` built it from its config.json
+    return len(model.config["shape"]) == 1
+
+
 def class_names(model: "VAE") -> list[str]:
     """Names of the classes that a model is conditioned on; their numbers where they have none."""
     return model.classes or [str(i) for i in range(n_condition_of(model))]
@@ -1218,18 +1271,25 @@ def draw_samples(model: "VAE", n: int, mean: bool, condition: "Tensor | None") -
     return np.concatenate(parts)
 
 
-def csv_bytes(table: "dict[str, np.ndarray]", columns: Sequence[str] | None = None) -> bytes:
+def csv_bytes(
+    table: "dict[str, np.ndarray]",
+    columns: Sequence[str] | None = None,
+    categories: Sequence[Sequence[str] | None] | None = None,
+) -> bytes:
     """Columns by name as the content of a .csv file.
 
     Args:
         table: (n,) columns, or vectors (n, ...), which become columns z1, z2, …
         columns: names of what x becomes; None: x1, x2, …
+        categories: for each column of x the words that its whole numbers stand for, or None; None: there are none.
     """
     names: list[str] = []
     cells: list[list[Any]] = []
     for name, values in table.items():
         parts = values[:, None] if values.ndim == 1 else values.reshape(len(values), -1)
-        cells += [[format_cell(value) for value in part.tolist()] for part in parts.T]
+        words = categories if name == "x" and categories is not None else [None] * parts.shape[1]
+        for part, words_of_part in zip(parts.T, words, strict=True):
+            cells.append([format_cell(value, words_of_part) for value in part.tolist()])
         if values.ndim == 1:
             names.append(name)
         elif name == "x" and columns is not None:
@@ -1243,18 +1303,20 @@ def csv_bytes(table: "dict[str, np.ndarray]", columns: Sequence[str] | None = No
     return content.getvalue().encode()
 
 
-def table_bytes(
-    table: "dict[str, np.ndarray]", suffix: str, columns: Sequence[str] | None = None
-) -> bytes:
-    """Columns by name as the content of an .npz or .csv file: see `csv_bytes`."""
-    return npz_bytes(table) if suffix == ".npz" else csv_bytes(table, columns)
+def table_bytes(table: "dict[str, np.ndarray]", suffix: str, model: "VAE | None" = None) -> bytes:
+    """Columns by name as the content of an .npz or .csv file, x with names and words of the model, if one is given."""
+    if suffix == ".npz":
+        return npz_bytes(table)
+    return csv_bytes(table) if model is None else csv_bytes(table, model.columns, model.categories)
 
 
-def format_cell(value: Any) -> Any:
-    """A cell of a .csv file: nine digits of a number, nothing for one that is missing."""
+def format_cell(value: Any, words: Sequence[str] | None = None) -> Any:
+    """A cell of a .csv file: nine digits of a number, or the word that it stands for; nothing where it is missing."""
     if not isinstance(value, float):
         return value
-    return "" if math.isnan(value) else f"{value:.9g}"
+    if math.isnan(value):
+        return ""
+    return f"{value:.9g}" if words is None else words[round(value)]
 
 
 def samples_content(
@@ -1266,7 +1328,7 @@ def samples_content(
     if suffix == ".png":
         return png_bytes(plot_samples(model, n, mean=mean, condition=condition))
     x = draw_samples(model, n, mean, condition)
-    return table_bytes({"x": x}, suffix, model.columns)
+    return table_bytes({"x": x}, suffix, model)
 
 
 @app.command()
@@ -1275,8 +1337,12 @@ def sample(
     seed: SampleSeed = 0,
     n: Annotated[int, number_option("Number of samples.")] = 100,
     mean: Annotated[
-        bool, text_option("The mean of p(x|z), or with --no-mean a sample of it.")
-    ] = True,
+        bool | None,
+        text_option(
+            "The mean of p(x|z), or with --no-mean a sample of it. Default: a sample for rows of a "
+            "table, else the mean."
+        ),
+    ] = None,
     label: Annotated[
         str | None,
         text_option("Of conditional runs: this class only, by name. Default: all, in turn."),
@@ -1304,13 +1370,15 @@ def sample(
     with usage_errors():
         as_int("--n", n)
         as_seed(seed)
-        path = out or samples_path(run, n, mean, label, seed)
+        path = out or samples_path(run, n, mean is not False, label, seed)
         model = load(run)
         if out is None:
             path.parent.mkdir(exist_ok=True)
         check_output_path(path, (".png", ".npz", ".csv"))
         validate_model(model, ("prior", "likelihood"))
         is_picture = path.suffix == ".png"
+        if mean is None:  # means of rows vary less than rows do
+            mean = is_picture or not model_has_rows(model)
         check_sample_size(model, n, is_picture)
         condition = sample_condition(run, model, n, label)
         torch.manual_seed(seed)
@@ -1333,7 +1401,9 @@ def load_examples(
     model = load(run)
     config = model.config
     assert config is not None  # `load` built it from its config.json
-    items = load_items(data, config["likelihood"], seed, model.columns, model.classes)
+    items = load_items(
+        data, config["likelihood"], seed, model.columns, model.classes, model.categories
+    )
     return model, items
 
 
@@ -1470,7 +1540,7 @@ def impute(  # noqa: PLR0913 (the options)
     with machine_errors():
         filled, sizes = model.impute(items.x, k, condition, mean, return_ess=True)
         table = {"x": filled.cpu().numpy()}
-        write_atomically(path, table_bytes(table, path.suffix, model.columns))
+        write_atomically(path, table_bytes(table, path.suffix, model))
     is_missing = items.x.isnan()
     text = f"{counted(int(is_missing.sum()), 'missing value')} of {len(filled)} examples filled in"
     if is_missing.any():

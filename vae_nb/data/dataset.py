@@ -17,6 +17,7 @@ from torch import Tensor
 from ..base.arguments import choose
 from ..base.devices import BATCH_ROWS
 from .arrays import check_memory, check_tensor
+from .tables import Categories
 
 # %% ../../nbs/data/31_dataset.ipynb #eb3b7759
 MAX_CLASSES = 10_000  # of labels that a model is conditioned on
@@ -106,7 +107,7 @@ class Data:
         train_labels: classes (n,), whole numbers from 0; or vectors (n, c); None: no labels.
         valid_labels: the same for the validation set.
         test_labels: the same for the test set.
-        likelihood: the name of one that fits the data, in LIKELIHOODS.
+        likelihood: the name of one that fits the data, in LIKELIHOODS; or mixed, for columns of several kinds.
         total: the largest possible count, for a likelihood that has one.
         grayscale: train holds bytes 0 … 255 that mean grey levels 0 … 1.
         dynamic_binarisation: and these are binarised anew at every use.
@@ -114,6 +115,8 @@ class Data:
         source: the arguments of `load_data` that load the data again; None if that cannot be done.
         classes: names of the classes, in the order of their numbers; None if they have none, or labels are vectors.
         columns: names of the columns of a table; None if they have none.
+        parts: of a mixed likelihood, the columns of each kind, see `MixedLikelihood`; else None.
+        categories: for each column of a table the words that its whole numbers stand for, or None; None without words.
 
     Raises:
         ValueError: a split that is no dense tensor of real numbers, or of data points of another shape than the
@@ -135,6 +138,8 @@ class Data:
     source: dict[str, Any] | None = None
     classes: list[str] | None = None
     columns: list[str] | None = None
+    parts: list[dict[str, Any]] | None = None
+    categories: Categories = None
 
     def __post_init__(self) -> None:
         """Check what can be seen without a look at the numbers."""
@@ -220,6 +225,8 @@ class Data:
             "missing": self.has_missing,
             "classes": self._class_names(),
             "columns": self.columns,
+            "parts": self.parts,
+            "categories": self.categories,
         }
 
     def _class_names(self) -> list[str] | None:

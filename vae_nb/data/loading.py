@@ -29,6 +29,7 @@ from .arrays import check_memory, to_array
 from .binarisation import BINARIZE, binarize_data, binarize_once
 from .dataset import Data
 from .readers import TORCHVISION, Source, read_source
+from .tables import Categories, Columns, recode, sort_columns
 from ..model.vae import class_places
 
 # %% ../../nbs/data/33_loading.ipynb #8e4ad667
@@ -378,7 +379,37 @@ def _refuse_rounding(name: str, x: np.ndarray) -> None:
         )
 
 
-def _from_array(source: Source, labels: Any, seed: int, n_valid: int | None) -> Data:
+def _columns_of(source: Source, chosen: Mapping[Any, str] | None) -> Columns | None:
+    """The columns of a table by kind; None for what is no table, or one of booleans.
+
+    Args:
+        source: the data.
+        chosen: likelihoods of columns, see `load_data`.
+
+    Raises:
+        ValueError: likelihoods are chosen for columns that are not there, or do not suit them.
+    """
+    if source.x.ndim != 2:
+        if chosen:
+            raise ValueError(
+                "likelihoods are chosen for the columns of a table: got data points of shape "
+                f"{source.x.shape[1:]}"
+            )
+        return None
+    if not chosen and (not source.is_table or source.x.dtype == np.bool_):
+        return None
+    if isinstance(source.x, np.memmap):
+        check_memory(f"the numbers of {source.name}", 8 * source.x.size)
+    return sort_columns(np.asarray(source.x), source.columns, source.categories, chosen)
+
+
+def _from_array(
+    source: Source,
+    labels: Any,
+    seed: int,
+    n_valid: int | None,
+    likelihoods: Mapping[Any, str] | None = None,
+) -> Data:
     """Split data that were read.
 
     Args:
@@ -386,6 +417,7 @@ def _from_array(source: Source, labels: Any, seed: int, n_valid: int | None) -> 
         labels: in place of the source's; None: the source's, if it has any.
         seed: of the split.
         n_valid: size of the validation set; None: a tenth.
+        likelihoods: of columns, see `load_data`.
 
     Raises:
         ValueError: too few data points, more than fit into memory, entries that are not finite in float32, labels that
@@ -396,10 +428,14 @@ def _from_array(source: Source, labels: Any, seed: int, n_valid: int | None) -> 
         raise ValueError(
             f"data are (n, ...) with n at least 10, to be split in three: got shape {x.shape}"
         )
+    columns = _columns_of(source, likelihoods)
     likelihood = DTYPE_LIKELIHOODS.get(x.dtype.type, "gaussian")
+    if columns is not None:
+        x = columns.x
+        likelihood = columns.likelihood
     if x.dtype == np.bool_:
         x = x.view(np.uint8)  # the same bytes, in a mapped file, too
-    dtype = np.float32 if likelihood == "gaussian" else np.uint8
+    dtype = np.uint8 if columns is None and likelihood != "gaussian" else np.float32
     if not isinstance(x, np.memmap) or x.dtype != dtype:
         check_memory(f"the data points of {source.name}", x.size * np.dtype(dtype).itemsize)
     _refuse_rounding(source.name, x)
@@ -418,6 +454,8 @@ def _from_array(source: Source, labels: Any, seed: int, n_valid: int | None) -> 
         total=total,
         classes=classes,
         columns=source.columns,
+        parts=None if columns is None else columns.parts,
+        categories=None if columns is None else columns.categories,
     )
 
 
@@ -492,6 +530,7 @@ def load_data(  # noqa: PLR0913 (one for each choice that a user has)
     labels: Any = None,
     conditional: bool = False,
     n_valid: int | None = None,
+    likelihoods: Mapping[Any, str] | None = None,
 ) -> Data:
     """Load a data set: read it, split it for training, validation and test, binarise it if need be.
 
@@ -506,6 +545,8 @@ def load_data(  # noqa: PLR0913 (one for each choice that a user has)
         labels: (n,) classes, words or whole numbers, or (n, c) real vectors, in place of the source's.
         conditional: models are conditioned on the labels.
         n_valid: size of the validation set; default: 10,000 of torchvision's, 300 digits, a tenth of your own.
+        likelihoods: of columns of a table, by their names or, counted from 0, their numbers: {"visits": "poisson"}.
+            Default: categorical for words, bernoulli for 0 and 1 beside real numbers, gaussian for all others.
 
     Raises:
         ValueError: names and values that are not allowed, data that cannot be used.
@@ -517,7 +558,8 @@ def load_data(  # noqa: PLR0913 (one for each choice that a user has)
         raise ValueError(f"conditional is True or False: got {conditional!r:.60}")
     name = source if isinstance(source, str) and source in N_TRAIN_AND_VALID else None
     if name is None:
-        data = _from_array(read_source(source, labels is None), labels, seed, n_valid)
+        read = read_source(source, labels is None)
+        data = _from_array(read, labels, seed, n_valid, likelihoods)
     elif name == "digits":
         data = _load_digits(seed, n_valid or 300)
     else:
@@ -526,6 +568,8 @@ def load_data(  # noqa: PLR0913 (one for each choice that a user has)
         data = binarize_data(data, binarize or "dynamic", seed)
     elif binarize is not None and binarize != "none":
         data = binarize_data(data, binarize, seed)
+    if name is not None and likelihoods:
+        raise ValueError(f"likelihoods are chosen for the columns of a table: {name} are images")
     if conditional and data.train_labels is None:
         raise ValueError(
             f"conditional=True needs labels, and {data.name} has none: "
@@ -541,6 +585,8 @@ def load_data(  # noqa: PLR0913 (one for each choice that a user has)
             "conditional": conditional,
             "n_valid": n_valid,
         }
+        if likelihoods:
+            data.source["likelihoods"] = dict(likelihoods)
     return data
 
 # %% ../../nbs/data/33_loading.ipynb #424d345a
@@ -564,6 +610,7 @@ def load_items(
     seed: int = 0,
     columns: Sequence[str] | None = None,
     classes: Sequence[str] | None = None,
+    categories: Sequence[Sequence[str] | None] | None = None,
 ) -> Items:
     """Load data of your own for a trained model: all data points, in their own order.
 
@@ -574,6 +621,7 @@ def load_items(
         columns: names of the columns that the model was trained with, if they had any; a table with names is brought into
             their order.
         classes: names of the classes that it was trained with.
+        categories: for each column the words that the model knows by number, or None; None where there are none.
 
     Returns:
         The data points, with what is known of them.
@@ -586,8 +634,11 @@ def load_items(
     read = read_source(source)
     name = read.name
     x = read.x
+    own = read.categories
     if read.columns is not None and columns is not None:
-        x = x[:, _column_order(name, read.columns, columns)]
+        order = _column_order(name, read.columns, columns)
+        x = x[:, order]
+        own = None if own is None else [own[column] for column in order]
     if x.ndim < 2 or not x.size:
         raise ValueError(f"data are (n, ...) with n at least 1: got shape {x.shape}")
     if x.dtype == np.uint8 and likelihood in ("gaussian", "continuous-bernoulli"):
@@ -596,6 +647,7 @@ def load_items(
             "give floats of its scale"
         )
     check_memory(f"the data points of {name}", 4 * x.size)
+    x = _recoded(name, x, own, columns, categories)
     if likelihood == "bernoulli" and x.dtype == np.uint8 and x.max() > 1:
         x = binarize_once(x, np.random.default_rng(seed))
     items = _copy_rows(x, np.arange(len(x)), np.float32)
@@ -604,6 +656,26 @@ def load_items(
     if read.labels is not None:
         labels = torch.from_numpy(classify(read.labels, len(x), classes)[0])
     return Items(torch.from_numpy(items), labels, read.files)
+
+
+def _recoded(
+    name: str,
+    x: np.ndarray,
+    own: Categories,
+    columns: Sequence[str] | None,
+    known: Sequence[Sequence[str] | None] | None,
+) -> np.ndarray:
+    """A table with its words by the numbers of a model. Raises ValueError for words that the model does not know."""
+    if known is not None and x.ndim == 2 and x.shape[1] == len(known):
+        x = recode(x, own, known, columns)
+    for column, words in enumerate(own or ()):
+        is_known = known is not None and column < len(known) and known[column] is not None
+        if words is not None and not is_known and words != ["False", "True"]:
+            shown = column if columns is None else columns[column]
+            raise ValueError(
+                f"column {shown!r:.60} of {name} holds words, and the model was trained with numbers there"
+            )
+    return x
 
 
 def _column_order(name: str, columns: Sequence[str], trained: Sequence[str]) -> list[int]:

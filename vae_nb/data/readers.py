@@ -31,7 +31,7 @@ from vae_nb.data.arrays import (
     require_regular_file,
     to_array,
 )
-from .tables import Table, is_frame, read_csv, read_frame
+from .tables import Categories, Table, is_frame, read_csv, read_frame
 
 # %% ../../nbs/data/30_readers.ipynb #30dada51
 MAX_STREAMED_ITEMS = 10_000_000  # of a source that does not say how many it has
@@ -461,6 +461,8 @@ class Source(NamedTuple):
         columns: names of the columns of a table; None where there are none.
         files: names of the files, of a folder of images; else None.
         splits: (n,), train, valid or test, where the source says which is which; else None.
+        categories: for each column of a table the words that its whole numbers stand for, or None; None without words.
+        is_table: whether x is a table, whose columns may be of several kinds.
     """
 
     name: str
@@ -469,6 +471,8 @@ class Source(NamedTuple):
     columns: list[str] | None = None
     files: list[str] | None = None
     splits: np.ndarray | None = None
+    categories: Categories = None
+    is_table: bool = False
 
 
 def _exists(path: Path) -> bool:
@@ -505,9 +509,18 @@ def _read_path(path: Path) -> Source:
         return Source(path.stem, x, None, files=[path.name])
     kind = path.suffix.lower()
     if kind in (".parquet", ".feather"):
-        return Source(path.stem, *_read_with_pandas(path, kind))
+        return _of_table(path.stem, _read_with_pandas(path, kind))
     read_file: Callable[[Path], tuple] = choose(f"{path}: kind", kind, FILE_READERS)
-    return Source(path.stem, *read_file(path))
+    content = read_file(path)
+    return (
+        _of_table(path.stem, content) if isinstance(content, Table) else Source(path.stem, *content)
+    )
+
+
+def _of_table(name: str, table: Table) -> Source:
+    """A table that was read, as a source of this name."""
+    x, labels, columns, categories = table
+    return Source(name, x, labels, columns, categories=categories, is_table=True)
 
 
 def _read_with_pandas(path: Path, kind: str) -> Table:
@@ -531,7 +544,7 @@ def _read_object(source: Any, with_labels: bool) -> Source:
     if hasattr(source, "X") and hasattr(source, "var_names"):  # AnnData
         return Source(name, to_array(source.X), None, [str(column) for column in source.var_names])
     if is_frame(source):
-        return Source(name, *read_frame(source, with_labels))
+        return _of_table(name, read_frame(source, with_labels))
     try:
         return Source("array", to_array(source), None)
     except ValueError as e:

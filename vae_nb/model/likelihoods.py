@@ -6,10 +6,11 @@
 __all__ = ['MIN_STD', 'GAUSSIAN_STDS', 'LIKELIHOODS', 'Likelihood', 'compatible_likelihoods', 'BernoulliLikelihood',
            'BoundedIntegerLikelihood', 'BinomialLikelihood', 'PoissonLikelihood', 'NegativeBinomialLikelihood',
            'ZeroInflatedNegativeBinomialLikelihood', 'GaussianLikelihood', 'ContinuousBernoulliLikelihood',
-           'DiscretizedLogisticLikelihood', 'CategoricalLikelihood']
+           'DiscretizedLogisticLikelihood', 'CategoricalLikelihood', 'MixedLikelihood']
 
 # %% ../../nbs/model/20_likelihoods.ipynb #1421ddd7
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,12 +85,17 @@ class Likelihood(nn.Module):
             _validate_condition(z, condition)
             repeated = condition.expand(*batch_shape, condition.shape[-1])
             inputs.append(repeated.reshape(-1, condition.shape[-1]))
-        params_shape = (*batch_shape, *self.shape)
-        if self.has_param_axis:
-            params_shape = (*params_shape, -1)
-        params = self.network(*inputs).reshape(params_shape)
-        entries = self.distribution(params)
+        entries = self.distribution(self.as_params(self.network(*inputs), batch_shape))
         return D.Independent(entries, len(self.shape), validate_args=False)
+
+    def as_params(self, numbers: Tensor, batch_shape: Sequence[int]) -> Tensor:
+        """Bring the network's numbers, in any shape, into that of parameters: (*batch_shape, *shape), or with an axis behind."""
+        params_shape = (*batch_shape, *self.shape)
+        return numbers.reshape((*params_shape, -1) if self.has_param_axis else params_shape)
+
+    def entries_shape(self, params: Tensor) -> torch.Size:
+        """The shape of the entries that parameters are for."""
+        return params.shape[:-1] if self.has_param_axis else params.shape
 
     def distribution(self, params: Tensor) -> D.Distribution:
         """Make the distribution of single entries with these parameters."""
@@ -106,6 +112,18 @@ class Likelihood(nn.Module):
     def sample_from(self, params: Tensor) -> Tensor:
         """Draw one value for each entry."""
         raise NotImplementedError
+
+    def guess(self, params: Tensor, weight: Tensor) -> Tensor:
+        """Compute the expectation of each entry under a mixture; of unordered classes, find the most probable one.
+
+        Args:
+            params: (k, n, *shape), or with an axis behind, of the k components for each of n data points.
+            weight: (k, n), of the components, nonnegative, with sum one over k.
+
+        Returns:
+            (n, *shape).
+        """
+        return torch.einsum("kn,kn...->n...", weight, self.mean(params).to(weight.dtype))
 
     @torch.no_grad()
     def params_for_mean(self, mean: Tensor) -> Tensor:
@@ -169,12 +187,15 @@ class _EntryDistribution(D.Distribution):
     def __init__(self, likelihood: Likelihood, params: Tensor) -> None:
         self.likelihood = likelihood
         self.params = promote_to_float32(params)
-        n_batch_dims = params.ndim - 1 if likelihood.has_param_axis else params.ndim
-        super().__init__(params.shape[:n_batch_dims], validate_args=False)
+        super().__init__(likelihood.entries_shape(params), validate_args=False)
 
     @property
     def mean(self) -> Tensor:
         return self.likelihood.mean(self.params)
+
+    def guess(self, weight: Tensor) -> Tensor:
+        """The likelihood's guess of each entry by weights (k, n) of this batch (k, n): see `Likelihood.guess`."""
+        return self.likelihood.guess(self.params, weight)
 
     def log_prob(self, value: Tensor) -> Tensor:
         value = value.to(self.params.dtype)
@@ -668,6 +689,11 @@ class CategoricalLikelihood(BoundedIntegerLikelihood):
         """Draw classes."""
         return D.Categorical(logits=params).sample().to(params)
 
+    def guess(self, params: Tensor, weight: Tensor) -> Tensor:
+        """Find the most probable class of each entry under a mixture: see `Likelihood.guess`."""
+        probability = torch.einsum("kn,kn...->n...", weight, params.softmax(-1).to(weight.dtype))
+        return probability.argmax(-1).to(weight.dtype)
+
     def params_for_mean(self, mean: Tensor) -> Tensor:
         """Compute the log weights of the beta-binomial distribution with this mean and alpha + beta = 2."""
         alpha = 2 * (mean / self.total).clamp(0.01, 0.99)[..., None]
@@ -694,3 +720,158 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
         ZeroInflatedNegativeBinomialLikelihood,
     )
 }
+
+# %% ../../nbs/model/20_likelihoods.ipynb #2475c671
+def _validate_parts(parts: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless parts have likelihoods by name, which cover each column of vectors (d,) once."""
+    if len(shape) != 1:
+        raise ValueError(f"a mixed likelihood is for the columns of a table: got shape {shape}")
+    for part in parts:
+        choose("the likelihood of a part", part["likelihood"], LIKELIHOODS)
+    covered = sorted(column for part in parts for column in part["columns"])
+    if covered != list(range(shape[0])):
+        raise ValueError(
+            f"the parts of a mixed likelihood cover each of the {shape[0]} columns once, counted "
+            f"from 0: got {covered!s:.200}"
+        )
+
+
+def _part_options(part: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a part's class: what it says beside likelihood and columns, less what is None."""
+    return {
+        name: value
+        for name, value in part.items()
+        if name not in ("likelihood", "columns") and value is not None
+    }
+
+
+class MixedLikelihood(Likelihood):
+    """Columns of several kinds, each part with a likelihood of its own (equation 20.12).
+
+    Args:
+        network: maps z to (m, n_params): the parameters of the first part, then those of the second, and so on.
+        shape: (d,), of one data point.
+        parts: for each its `likelihood`, a name in LIKELIHOODS; its `columns`, counted from 0; its `total` where it has
+            one; and other options of its class. Together they cover each column once.
+        location: (d,), of which the Gaussian parts take their columns; None: zero.
+        scale: (d,), the same; None: one.
+
+    Attributes:
+        parts: the likelihoods, each of its own columns; they have no network.
+        columns: of each part.
+    """
+
+    name = "mixed"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        shape: tuple[int, ...],
+        parts: Sequence[Mapping[str, Any]],
+        location: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        super().__init__(network, shape)
+        _validate_parts(parts, self.shape)
+        self.columns = [list(part["columns"]) for part in parts]
+        likelihoods = []
+        for part, columns in zip(parts, self.columns, strict=True):
+            options = _part_options(part)
+            if scale is not None and part["likelihood"] == "gaussian":
+                options["location"] = None if location is None else location[columns]
+                options["scale"] = scale[columns]
+            part_class = LIKELIHOODS[part["likelihood"]]
+            likelihoods.append(part_class(nn.Identity(), (len(columns),), **options))
+        self.parts = nn.ModuleList(likelihoods)
+        self.n_part_params = [
+            LIKELIHOODS[part["likelihood"]].n_params((len(part["columns"]),), **_part_options(part))
+            for part in parts
+        ]
+        order = torch.tensor([column for columns in self.columns for column in columns])
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("places", order.argsort(), persistent=False)
+
+    order: Tensor
+    places: Tensor
+
+    @classmethod
+    def n_params(cls, shape: tuple[int, ...], **options: Any) -> int:
+        """Count the numbers that the network has to return: those of all parts."""
+        parts = options["parts"]
+        _validate_parts(parts, tuple(shape))
+        return sum(
+            LIKELIHOODS[part["likelihood"]].n_params((len(part["columns"]),), **_part_options(part))
+            for part in parts
+        )
+
+    def as_params(self, numbers: Tensor, batch_shape: Sequence[int]) -> Tensor:
+        """Bring the network's numbers into the shape (*batch_shape, n_params)."""
+        return numbers.reshape(*batch_shape, sum(self.n_part_params))
+
+    def entries_shape(self, params: Tensor) -> torch.Size:
+        """The shape of the entries that parameters (..., n_params) are for: (..., d)."""
+        return params.shape[:-1] + torch.Size(self.shape)
+
+    def _likelihoods(self) -> list[Likelihood]:
+        """The parts, as what they are."""
+        return [part for part in self.parts if isinstance(part, Likelihood)]
+
+    def _by_part(self, params: Tensor, function: Callable[[Likelihood, Tensor], Tensor]) -> Tensor:
+        """Apply a function of a part and its parameters to each, and put the columns back in their order."""
+        results = []
+        split = params.split(self.n_part_params, dim=-1)
+        for part, numbers in zip(self._likelihoods(), split, strict=True):
+            results.append(function(part, part.as_params(numbers, numbers.shape[:-1])))
+        return torch.cat(results, dim=-1).index_select(-1, self.places)
+
+    def log_prob(self, x: Tensor, params: Tensor) -> Tensor:
+        """Compute the log probability, or log density, of each entry (..., d), in nats."""
+        sizes = [len(columns) for columns in self.columns]
+        of_part = iter(x.index_select(-1, self.order).split(sizes, dim=-1))
+        return self._by_part(params, lambda part, numbers: part.log_prob(next(of_part), numbers))
+
+    def mean(self, params: Tensor) -> Tensor:
+        """Compute the mean of each entry; of unordered classes, find the most probable one."""
+        return self._by_part(params, _centre)
+
+    def sample_from(self, params: Tensor) -> Tensor:
+        """Draw one value for each entry."""
+        return self._by_part(params, lambda part, numbers: part.sample_from(numbers))
+
+    def guess(self, params: Tensor, weight: Tensor) -> Tensor:
+        """Compute the guess of each part: see `Likelihood.guess`."""
+        return self._by_part(params, lambda part, numbers: part.guess(numbers, weight))
+
+    def params_for_mean(self, mean: Tensor) -> Tensor:
+        """Find parameters (n_params,) with this mean (d,)."""
+        parts = zip(self._likelihoods(), self.columns, strict=True)
+        return torch.cat([part.params_for_mean(mean[columns]).flatten() for part, columns in parts])
+
+    def check(self, x: Tensor) -> None:
+        """Check that data can be observations, each part's columns of its likelihood."""
+        self._check_parts(x, lambda part, values: part.check(values))
+
+    def check_input(self, x: Tensor) -> None:
+        """Check that data can be encoded, each part's columns as its likelihood allows."""
+        self._check_parts(x, lambda part, values: part.check_input(values))
+
+    def _check_parts(self, x: Tensor, check: Callable[[Likelihood, Tensor], None]) -> None:
+        """Check the columns of each part. Raises ValueError, which says which columns they are."""
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(
+                f"the likelihood is for data points of shape {self.shape}: got {tuple(x.shape[1:])}"
+            )
+        for part, columns in zip(self._likelihoods(), self.columns, strict=True):
+            part.allows_missing = self.allows_missing
+            try:
+                check(part, x[:, columns])
+            except ValueError as e:
+                numbers = ", ".join(str(column) for column in columns)
+                raise ValueError(f"of the columns {numbers:.100}: {e}") from e
+
+
+def _centre(part: Likelihood, params: Tensor) -> Tensor:
+    """The mean of each entry; of unordered classes the most probable one."""
+    if isinstance(part, CategoricalLikelihood):
+        return params.argmax(-1).to(params.dtype)
+    return part.mean(params)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'NETWORKS', 'MLP', 'GatedMLP', 'MLPDecoder', 'GatedMLPDecoder', 'ConvEncoder', 'ConvDecoder',
-           'InputTransform', 'Standardize', 'Log1p', 'MaskMissing', 'TransformedInput', 'EncoderDecoder']
+           'InputTransform', 'Standardize', 'Log1p', 'OneHot', 'ByColumns', 'MaskMissing', 'TransformedInput',
+           'EncoderDecoder']
 
 # %% ../../nbs/model/24_networks.ipynb #4d4d14eb
 import math
@@ -381,6 +382,10 @@ class InputTransform(nn.Module):
         """Compute data points from what the encoder would be given for them."""
         raise NotImplementedError
 
+    def spread(self, mask: Tensor) -> Tensor:
+        """Which numbers of the encoder stem from the entries (m, *shape) in a mask: (m, *out_shape)."""
+        return mask
+
 
 class Standardize(InputTransform):
     """Real numbers as their distance from a location, in units of a scale.
@@ -420,6 +425,97 @@ class Log1p(InputTransform):
         return torch.expm1(u.relu())
 
 
+class OneHot(InputTransform):
+    """Classes 0 … total as total + 1 numbers each: a one at the class, zeros elsewhere.
+
+    Between two whole numbers both have their share, so that pseudo-inputs can be learned through it.
+
+    Args:
+        shape: (d,), of one data point.
+        total: the last class.
+    """
+
+    def __init__(self, shape: Sequence[int], total: int) -> None:
+        super().__init__(shape)
+        self.register_buffer("classes", torch.arange(total + 1.0, dtype=torch.float32))
+
+    classes: Tensor
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """(d (total + 1),)."""
+        return (math.prod(self.shape) * len(self.classes),)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Compute max(0, 1 - |x - class|) for each class."""
+        return (1 - (x[..., None] - self.classes).abs()).relu().flatten(1)
+
+    def inverse(self, u: Tensor) -> Tensor:
+        """Compute the mean class, by the numbers as weights."""
+        weight = u.relu().reshape(len(u), *self.shape, -1)
+        return (weight @ self.classes) / weight.sum(-1).clamp(min=1e-6)
+
+    def spread(self, mask: Tensor) -> Tensor:
+        """Each entry has total + 1 numbers."""
+        return mask.repeat_interleave(len(self.classes), dim=1)
+
+
+class ByColumns(InputTransform):
+    """Each part of the columns of a table through a transform of its own, one behind the other.
+
+    Args:
+        shape: (d,), of one data point.
+        columns: of each part, counted from 0; each column is in one part.
+        transforms: of each part.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        columns: Sequence[Sequence[int]],
+        transforms: Sequence[InputTransform],
+    ) -> None:
+        super().__init__(shape)
+        self.transforms = nn.ModuleList(transforms)
+        self.sizes = [len(part) for part in columns]
+        order = torch.tensor([column for part in columns for column in part])
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("places", order.argsort(), persistent=False)
+
+    order: Tensor
+    places: Tensor
+
+    def _parts(self) -> list[InputTransform]:
+        """The transforms, as what they are."""
+        return [part for part in self.transforms if isinstance(part, InputTransform)]
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """All numbers of all parts."""
+        return (sum(math.prod(part.out_shape) for part in self._parts()),)
+
+    def _columns_of(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The columns (m, ...) of each part."""
+        return x.index_select(1, self.order).split(self.sizes, dim=1)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Compute the numbers of each part, one part behind the other."""
+        parts = zip(self._parts(), self._columns_of(x), strict=True)
+        return torch.cat([part(columns) for part, columns in parts], dim=1)
+
+    def inverse(self, u: Tensor) -> Tensor:
+        """Compute the columns of each part, in their order."""
+        sizes = [math.prod(part.out_shape) for part in self._parts()]
+        parts = zip(self._parts(), u.split(sizes, dim=1), strict=True)
+        columns = torch.cat([part.inverse(numbers) for part, numbers in parts], dim=1)
+        return columns.index_select(1, self.places)
+
+    def spread(self, mask: Tensor) -> Tensor:
+        """As each part spreads its columns."""
+        parts = zip(self._parts(), self._columns_of(mask), strict=True)
+        return torch.cat([part.spread(columns) for part, columns in parts], dim=1)
+
+
 class MaskMissing(InputTransform):
     """Zero where entries are missing, and beside it where they are: twice as many numbers, or channels.
 
@@ -434,17 +530,18 @@ class MaskMissing(InputTransform):
 
     @property
     def out_shape(self) -> tuple[int, ...]:
-        """(2 d,) of vectors (d,); images get a channel for each that they have."""
+        """(2 d,) of vectors (d,), if transformed entries are no more; images get a channel for each that they have."""
         if len(self.shape) == 2:
             return (2, *self.shape)
-        return (2 * self.shape[0], *self.shape[1:])
+        n_entries = self.shape[0] if self.entries is None else self.entries.out_shape[0]
+        return (n_entries + self.shape[0], *self.shape[1:])
 
     def transform(self, x: Tensor) -> Tensor:
         """Compute the entries, zero where they are NaN, and ones where they are."""
         is_missing = x.isnan()
         entries = x.masked_fill(is_missing, 0)
         if self.entries is not None:
-            entries = self.entries(entries).masked_fill(is_missing, 0)
+            entries = self.entries(entries).masked_fill(self.entries.spread(is_missing), 0)
         mask = is_missing.to(entries.dtype)
         if len(self.shape) == 2:
             return torch.stack([entries, mask], dim=1)

@@ -117,6 +117,7 @@ class VAE(nn.Module):
         config: what `build_vae` was called with, enough to build the model again; None for a model of custom modules.
         classes: names of the classes that it is conditioned on; None where there are none, or it is told vectors.
         columns: names of the columns of the table that it was built for; None where there are none.
+        categories: for each column the words that its whole numbers stand for, or None; None where no column has any.
     """
 
     likelihood: nn.Module
@@ -125,12 +126,14 @@ class VAE(nn.Module):
     config: dict[str, Any] | None
     classes: list[str] | None
     columns: list[str] | None
+    categories: list[list[str] | None] | None
 
     def __init__(self, likelihood: nn.Module, posterior: nn.Module, prior: nn.Module) -> None:
         super().__init__()
         self.config = None
         self.classes = None
         self.columns = None
+        self.categories = None
         self.likelihood = likelihood
         self.posterior = posterior
         self.prior = prior
@@ -434,9 +437,8 @@ def _conditional_mean(p: Distribution, log_w: Tensor) -> Tensor:
     """E[x | seen] (n, *shape), by the weights (k, n) of p(x|z), batch (k, n); of classes the most probable one."""
     weight = log_w.softmax(0)
     entries: Any = getattr(p, "base_dist", p)
-    if getattr(getattr(entries, "likelihood", None), "name", "") == "categorical":
-        probability = torch.einsum("kn,kn...->n...", weight, entries.params.softmax(-1))
-        return probability.argmax(-1)
+    if hasattr(entries, "guess"):  # of a Likelihood, which knows what is a class
+        return entries.guess(weight)
     return torch.einsum("kn,kn...->n...", weight, mean_of(p).to(weight.dtype))
 
 

@@ -27,7 +27,7 @@ from ..base.arguments import choose
 from ..base.files import to_json, write_atomically
 from ..base.seeding import NOISE_LOCK, restored_random_states
 from ..model.factory import build_vae, complete_config
-from ..model.likelihoods import LIKELIHOODS
+from ..model.likelihoods import LIKELIHOODS, MixedLikelihood
 from ..model.networks import NETWORKS
 from ..model.posteriors import POSTERIORS
 from ..model.priors import PRIORS
@@ -121,6 +121,8 @@ def _check_registered(folder: str | Path, model_config: Any) -> None:
         return
     for part, registry in PARTS_BY_NAME.items():
         name = model_config.get(part)
+        if name == MixedLikelihood.name:
+            continue  # it has its own parts
         if isinstance(name, str) and name not in registry:
             raise ValueError(
                 f"the model in {str(folder)!r} has a {part} {name!r}, which this program does not know: "
