@@ -6,6 +6,7 @@
 __all__ = ['check_eq', 'check_error', 'check_ge', 'check_mc', 'set_seed']
 
 # %% ../../nbs/derivation/00_assertions.ipynb #43f31446
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,11 @@ def _two_sides(a: Any, b: Any) -> tuple[Tensor, Tensor]:
     return left.broadcast_to(shape), right.broadcast_to(shape)
 
 # %% ../../nbs/derivation/00_assertions.ipynb #09a35fc9
+def _numbered(claim: str, eq: str) -> str:
+    """Put the number of the equation, where there is one, before what is said of it."""
+    return f"({eq}) {claim}" if eq else claim
+
+
 def _failure_message(left: Tensor, right: Tensor, excess: Tensor, claim: str) -> str:
     """Describe where a claim fails most, and by how much.
 
@@ -55,7 +61,7 @@ def _failure_message(left: Tensor, right: Tensor, excess: Tensor, claim: str) ->
         left: the left side.
         right: the right side, of the same shape.
         excess: how far each entry is off, of the same shape.
-        claim: what does not hold.
+        claim: what does not hold, with the number of its equation.
 
     Returns:
         The sentence of a red cell.
@@ -77,7 +83,7 @@ def _print_success(claim: str, n_values: int) -> None:
     print(f"✓ {claim} ({n_values} values)" if n_values > 1 else f"✓ {claim}")
 
 # %% ../../nbs/derivation/00_assertions.ipynb #99bc8afa
-def check_eq(a: Any, b: Any, rtol: float = 1e-10) -> None:
+def check_eq(a: Any, b: Any, rtol: float = 1e-10, *, eq: str = "", entrywise: bool = False) -> None:
     """State that a equals b, entry by entry, up to rounding.
 
     Args:
@@ -85,18 +91,25 @@ def check_eq(a: Any, b: Any, rtol: float = 1e-10) -> None:
         b: the right side; one of the two may be smaller and is broadcast.
         rtol: allowed difference, relative to the largest entry of the smaller side (absolute where
             one side is zero throughout).
+        eq: the number of the equation that is stated, for the message: "5.3".
+        entrywise: let the difference be relative to each entry instead, to the smaller side's; an
+            entry that is zero on one side must be zero on the other.
 
     Raises:
         AssertionError: the claim is false, with the entry that fails most; the shapes do not fit;
             an entry is not finite.
     """
     left, right = _two_sides(a, b)
-    scale = min(left.abs().max().item(), right.abs().max().item()) or 1.0
     difference = (left - right).abs()
-    if (difference > rtol * scale).any():
-        claim = f"not equal to a relative {rtol:g}"
-        raise AssertionError(_failure_message(left, right, difference, claim))
-    _print_success(f"equal to a relative {rtol:g}", left.numel())
+    if entrywise:
+        excess = difference - rtol * torch.minimum(left.abs(), right.abs())
+    else:
+        scale = min(left.abs().max().item(), right.abs().max().item()) or 1.0
+        excess = difference - rtol * scale
+    claim = f"equal to a relative {rtol:g}" + (" of each entry" if entrywise else "")
+    if (excess > 0).any():
+        raise AssertionError(_failure_message(left, right, excess, _numbered(f"not {claim}", eq)))
+    _print_success(_numbered(claim, eq), left.numel())
 
 # %% ../../nbs/derivation/00_assertions.ipynb #2c801e4c
 @contextmanager
@@ -120,12 +133,13 @@ def check_error(kind: type[BaseException], words: str = "") -> Iterator[None]:
         raise AssertionError(f"expected {kind.__name__}, but nothing was raised")
 
 # %% ../../nbs/derivation/00_assertions.ipynb #c7223e3a
-def check_ge(a: Any, b: Any) -> None:
+def check_ge(a: Any, b: Any, *, eq: str = "") -> None:
     """State that a is at least b, entry by entry; a relative 1e-12 is forgiven for rounding.
 
     Args:
         a: the left side.
         b: the right side; one of the two may be smaller and is broadcast.
+        eq: the number of the equation that is stated, for the message: "4.3".
 
     Raises:
         AssertionError: the claim is false, with the entry that fails most; the shapes do not fit;
@@ -135,11 +149,12 @@ def check_ge(a: Any, b: Any) -> None:
     rounding = 1e-12 * torch.stack([left, right]).abs().max().item()
     excess = right - left
     if (excess > rounding).any():
-        raise AssertionError(_failure_message(left, right, excess, "not greater or equal"))
-    _print_success("greater or equal", left.numel())
+        claim = _numbered("not greater or equal", eq)
+        raise AssertionError(_failure_message(left, right, excess, claim))
+    _print_success(_numbered("greater or equal", eq), left.numel())
 
 # %% ../../nbs/derivation/00_assertions.ipynb #9f4d71cf
-def check_mc(samples: Tensor, exact: Any, sigmas: float = 5.0) -> None:
+def check_mc(samples: Tensor, exact: Any, sigmas: float = 5.0, *, eq: str = "") -> None:
     """State that the mean of independent samples is a given number, within standard errors.
 
     Samples that do not vary at all must equal it up to rounding.
@@ -148,10 +163,11 @@ def check_mc(samples: Tensor, exact: Any, sigmas: float = 5.0) -> None:
         samples: (k, ...), independent along dimension 0.
         exact: (...), what their mean should be.
         sigmas: allowed distance, in standard errors.
+        eq: the number of the equation that is stated, for the message: "4.1".
 
     Raises:
         AssertionError: the claim is false, with the entry that fails most; there are fewer than 2
-            samples.
+            samples; their standard error is not finite.
     """
     values = samples.double()
     if values.ndim == 0 or len(values) < 2:
@@ -159,16 +175,20 @@ def check_mc(samples: Tensor, exact: Any, sigmas: float = 5.0) -> None:
     mean, expected = _two_sides(values.mean(0), exact)
     standard_error = values.std(0) / len(values) ** 0.5
     largest = standard_error.max().item()
+    if not math.isfinite(largest):
+        raise AssertionError(
+            "the standard error is not finite, so no mean would be too far away: samples of size "
+            f"{values.abs().max():.2g} overflow where they are squared"
+        )
     rounding = 1e-6 if samples.dtype == torch.float32 else 1e-12
     allowed = sigmas * standard_error + rounding * expected.abs().clamp(min=1)
     excess = (mean - expected).abs() - allowed
     if (excess > 0).any():
         claim = f"not within {sigmas:g} standard errors (largest {largest:.2g})"
-        raise AssertionError(_failure_message(mean, expected, excess, claim))
-    count = f"{len(values)} samples"
-    if mean.numel() > 1:
-        count = f"{mean.numel()} values, {count}"
-    print(f"✓ equal within {sigmas:g} standard errors of at most {largest:.1g} ({count})")
+        raise AssertionError(_failure_message(mean, expected, excess, _numbered(claim, eq)))
+    claim = f"equal within {sigmas:g} standard errors of at most {largest:.1g}"
+    comparisons = "1 comparison" if mean.numel() == 1 else f"{mean.numel()} comparisons"
+    print(f"✓ {_numbered(claim, eq)} ({comparisons}, {len(values)} samples)")
 
 # %% ../../nbs/derivation/00_assertions.ipynb #0304025f
 def set_seed(seed: int = 0) -> torch.Generator:

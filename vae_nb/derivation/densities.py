@@ -119,50 +119,8 @@ class StandardDiagonalNormal(DiagonalNormal):
         return log_standard_normal(value)
 
 # %% ../../nbs/derivation/02_densities.ipynb #6e6f9256
-_BLOCK_ELEMENTS = 2**17  # half a megabyte of float32, which a processor's cache holds
-
-
-def _minus_softplus(logits: Tensor) -> Tensor:
-    """Compute -log(1 + exp(logits)) of contiguous logits, in blocks that stay in a processor's cache."""
-    if torch.compiler.is_compiling():  # the compiler makes a single loop of it
-        return logits.abs().sigmoid().log() - logits.relu()
-    out = torch.empty_like(logits)
-    blocks = [(logits, out)]
-    if logits.numel() > _BLOCK_ELEMENTS:
-        logits_blocks = logits.view(-1).split(_BLOCK_ELEMENTS)
-        out_blocks = out.view(-1).split(_BLOCK_ELEMENTS)
-        blocks = list(zip(logits_blocks, out_blocks, strict=True))
-    for a, minus_softplus in blocks:
-        torch.abs(a, out=minus_softplus).sigmoid_().log_().sub_(a.relu())
-    return out
-
-
-class _BernoulliTrials(torch.autograd.Function):
-    """x logits - total log(1 + exp(logits)) on a CPU."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, logits: Tensor, total: int) -> Tensor:
-        """Compute the log probability; logits are contiguous, x has their shape."""
-        ctx.save_for_backward(x, logits)
-        ctx.total = total
-        out = _minus_softplus(logits)
-        if total != 1:
-            out.mul_(total)
-        return out.addcmul_(x, logits)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """Compute the gradients in x and in the logits."""
-        x, logits = ctx.saved_tensors
-        needs_grad_x, needs_grad_logits, _ = ctx.needs_input_grad
-        grad_x = grad_output * logits if needs_grad_x else None
-        if not needs_grad_logits:
-            return grad_x, None, None
-        probability = logits.sigmoid()
-        if torch.is_grad_enabled():  # for a second derivative
-            return grad_x, grad_output * (x - ctx.total * probability), None
-        slope = torch.sub(x, probability, alpha=ctx.total, out=probability)
-        return grad_x, slope.mul_(grad_output), None
+_FEW = 2**10  # log odds, for which one road is as fast as the other
+_LINEAR_FROM = 40.0  # where log(1 + exp(a)) and a are the same number, in float64 too
 
 
 def log_bernoulli_trials(x: Tensor, logits: Tensor, total: int = 1) -> Tensor:
@@ -176,12 +134,10 @@ def log_bernoulli_trials(x: Tensor, logits: Tensor, total: int = 1) -> Tensor:
     Returns:
         x logits - total log(1 + exp(logits)), in nats.
     """
-    if not logits.is_cpu:
-        softplus = F.softplus(logits)
-        return x * logits - (softplus if total == 1 else total * softplus)
-    if x.shape != logits.shape:
-        x, logits = torch.broadcast_tensors(x, logits)
-    return _BernoulliTrials.apply(x, logits.contiguous(), total)
+    if logits.is_cpu and logits.numel() > _FEW:
+        return _log_trials_in_blocks(x, logits, total)
+    softplus = F.softplus(logits, threshold=_LINEAR_FROM)
+    return x * logits - (softplus if total == 1 else total * softplus)
 
 
 def log_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
@@ -264,3 +220,56 @@ def kl_gaussian(mean_q: Tensor, scale_q: Tensor, mean_p: Tensor, scale_p: Tensor
     shift_term = shift.square().sum((-2, -1))
     log_det = 2 * ratio.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return 0.5 * (trace_term + shift_term - d - log_det)
+
+# %% ../../nbs/derivation/02_densities.ipynb #6264bcf8
+_BLOCK_ELEMENTS = 2**17  # half a megabyte of float32, which a processor's cache holds
+
+
+def _minus_softplus(logits: Tensor) -> Tensor:
+    """Compute -log(1 + exp(logits)) of contiguous logits, in blocks that stay in a processor's cache."""
+    if torch.compiler.is_compiling():  # the compiler makes a single loop of it
+        return logits.abs().sigmoid().log() - logits.relu()
+    out = torch.empty_like(logits)
+    blocks = [(logits, out)]
+    if logits.numel() > _BLOCK_ELEMENTS:
+        logits_blocks = logits.view(-1).split(_BLOCK_ELEMENTS)
+        out_blocks = out.view(-1).split(_BLOCK_ELEMENTS)
+        blocks = list(zip(logits_blocks, out_blocks, strict=True))
+    for a, minus_softplus in blocks:
+        torch.abs(a, out=minus_softplus).sigmoid_().log_().sub_(a.relu())
+    return out
+
+
+class _BernoulliTrials(torch.autograd.Function):
+    """x logits - total log(1 + exp(logits)) on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logits: Tensor, total: int) -> Tensor:
+        """Compute the log probability; logits are contiguous, x has their shape."""
+        ctx.save_for_backward(x, logits)
+        ctx.total = total
+        out = _minus_softplus(logits)
+        if total != 1:
+            out.mul_(total)
+        return out.addcmul_(x, logits)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Compute the gradients in x and in the logits."""
+        x, logits = ctx.saved_tensors
+        needs_grad_x, needs_grad_logits, _ = ctx.needs_input_grad
+        grad_x = grad_output * logits if needs_grad_x else None
+        if not needs_grad_logits:
+            return grad_x, None, None
+        probability = logits.sigmoid()
+        if torch.is_grad_enabled():  # for a second derivative
+            return grad_x, grad_output * (x - ctx.total * probability), None
+        slope = torch.sub(x, probability, alpha=ctx.total, out=probability)
+        return grad_x, slope.mul_(grad_output), None
+
+
+def _log_trials_in_blocks(x: Tensor, logits: Tensor, total: int) -> Tensor:
+    """Compute log_bernoulli_trials of many logits on a CPU."""
+    if x.shape != logits.shape:
+        x, logits = torch.broadcast_tensors(x, logits)
+    return _BernoulliTrials.apply(x, logits.contiguous(), total)
