@@ -59,7 +59,10 @@ def binarize_data(data: Data, binarize: str, seed: int) -> Data:
     """
     choose("binarize", binarize, dict.fromkeys(BINARIZE))
     if data.total != 255:
-        raise ValueError(f"binarize {binarize!r} needs bytes 0 … 255: leave it out for {data.name}")
+        raise ValueError(
+            f"binarize {binarize!r} needs bytes 0 … 255: leave it out for {data.name}, or give bytes "
+            "(torchvision's ToTensor makes fractions of them: leave that out)"
+        )
     if binarize == "none":
         return replace(
             data,

@@ -358,6 +358,16 @@ def _refuse_empty_columns(name: str, train: np.ndarray) -> None:
     )
 
 
+def _refuse_channels_last(name: str, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for images whose last axis, and not the first, has as many entries as a picture has channels."""
+    if len(shape) == 3 and shape[2] in (1, 3, 4) and shape[0] not in (1, 3, 4):
+        height, width, channels = shape
+        raise ValueError(
+            f"channels come first, ({channels}, {height}, {width}), and the images in {name} have "
+            f"them last, {shape}: give x.transpose(0, 3, 1, 2), of a tensor x.permute(0, 3, 1, 2)"
+        )
+
+
 MAX_ROUNDING = 1e-3  # error of a column in float32, in units of its standard deviation
 
 
@@ -428,6 +438,7 @@ def _from_array(
         raise ValueError(
             f"data are (n, ...) with n at least 10, to be split in three: got shape {x.shape}"
         )
+    _refuse_channels_last(source.name, x.shape[1:])
     columns = _columns_of(source, likelihoods)
     likelihood = DTYPE_LIKELIHOODS.get(x.dtype.type, "gaussian")
     if columns is not None:
@@ -440,7 +451,7 @@ def _from_array(
         check_memory(f"the data points of {source.name}", x.size * np.dtype(dtype).itemsize)
     _refuse_rounding(source.name, x)
     labels = source.labels if labels is None else labels
-    y, classes = (None, None) if labels is None else classify(labels, len(x))
+    y, classes = _classified(labels, len(x), source)
     rows = _rows_of(source, n_valid, seed)
     fields: dict[str, Any] = _split_arrays(x, y, rows, dtype)
     for name in ("train", "valid", "test"):
@@ -457,6 +468,21 @@ def _from_array(
         parts=None if columns is None else columns.parts,
         categories=None if columns is None else columns.categories,
     )
+
+
+def _classified(labels: Any, n: int, source: Source) -> tuple[np.ndarray | None, list[str] | None]:
+    """Labels as `classify` has them; an error says where they stand in a table."""
+    if labels is None:
+        return None, None
+    try:
+        return classify(labels, n)
+    except ValueError as e:
+        if not source.is_table or labels is not source.labels:
+            raise
+        raise ValueError(
+            f"the column label, or y, of {source.name} holds labels: {e}; give the column another name if "
+            "it holds data"
+        ) from e
 
 
 def _rows_of(source: Source, n_valid: int | None, seed: int) -> Mapping[str, slice | np.ndarray]:

@@ -414,6 +414,8 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Read the arrays of data and, if there are any, of labels in an .npz file."""
     with zipfile.ZipFile(path) as archive:
         members = {Path(name).stem: name for name in archive.namelist() if name.endswith(".npy")}
+        if set(members) >= {"data", "format", "shape"}:
+            return _read_sparse(path), None
         name, label_name = _choose_arrays(path, set(members))
         arrays = []
         for array_name in filter(None, (name, label_name)):
@@ -422,6 +424,15 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
                 size = archive.getinfo(member).file_size
                 arrays.append(_read_array(file, size, f"{path}, array {array_name}"))
     return arrays[0], None if label_name is None else arrays[1]
+
+
+def _read_sparse(path: Path) -> np.ndarray:
+    """Read a sparse matrix that scipy wrote. Raises ValueError where scipy is not installed."""
+    try:
+        from scipy.sparse import load_npz
+    except ImportError as e:
+        raise ValueError(f"{path} is read by scipy: install it, or write a dense array") from e
+    return to_array(load_npz(path))
 
 
 def read_numpy(path: Path) -> tuple[np.ndarray, Labels]:

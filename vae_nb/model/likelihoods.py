@@ -271,12 +271,23 @@ def _validate(likelihood: Likelihood, x: Tensor, rule: Likelihood | type[Likelih
         _validate_rows(likelihood, part, rule)
 
 
+def _validate_shape(shape: tuple[int, ...], required: tuple[int, ...]) -> None:
+    """Raise ValueError, with what might be meant, if data points have another shape than a likelihood is for."""
+    if shape == required:
+        return
+    hint = ""
+    if len(shape) == 3 and (shape[2], *shape[:2]) == required:
+        hint = (
+            "; channels come first: give x.transpose(0, 3, 1, 2), of a tensor x.permute(0, 3, 1, 2)"
+        )
+    elif len(shape) == len(required) - 1 and shape == required[1:]:
+        hint = "; is this one data point? Give a batch of one: x[None]"
+    raise ValueError(f"the likelihood is for data points of shape {required}: got {shape}{hint}")
+
+
 def _validate_rows(likelihood: Likelihood, x: Tensor, rule: Likelihood | type[Likelihood]) -> None:
     """Validate some rows: see `_validate`."""
-    if tuple(x.shape[1:]) != likelihood.shape:
-        raise ValueError(
-            f"the likelihood is for data points of shape {likelihood.shape}: got {tuple(x.shape[1:])}"
-        )
+    _validate_shape(tuple(x.shape[1:]), likelihood.shape)
     refused = x[~_in_support(rule, x, likelihood.allows_missing)]
     if len(refused):
         seen = x[~x.isnan()]
@@ -857,10 +868,7 @@ class MixedLikelihood(Likelihood):
 
     def _check_parts(self, x: Tensor, check: Callable[[Likelihood, Tensor], None]) -> None:
         """Check the columns of each part. Raises ValueError, which says which columns they are."""
-        if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(
-                f"the likelihood is for data points of shape {self.shape}: got {tuple(x.shape[1:])}"
-            )
+        _validate_shape(tuple(x.shape[1:]), self.shape)
         for part, columns in zip(self._likelihoods(), self.columns, strict=True):
             part.allows_missing = self.allows_missing
             try:

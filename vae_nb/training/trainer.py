@@ -189,7 +189,12 @@ class Trainer:
             OSError: if a file cannot be written.
             RunInUseError: if another process is training in the run's folder.
             ValueError: if steps are to be compiled, and cannot be here.
+            RuntimeError: inside of torch.inference_mode().
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "training needs gradients: call fit outside of torch.inference_mode()"
+            )
         with self._running() as request:
             self.setup()
             self.save_checkpoint()
@@ -509,6 +514,7 @@ class Trainer:
             self._lock(),
             tuned_runtime(device, self._operations_per_step(), precision),
             restored_random_states(device),
+            torch.enable_grad(),
         ):
             if self._threads is not None:
                 torch.set_num_threads(self._threads)
