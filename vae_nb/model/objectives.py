@@ -18,8 +18,9 @@ from torch import Tensor
 from ..base.arguments import as_number, choose
 from ..derivation.annealing import left_riemann_sum, validate_betas
 from ..derivation.elbo import Terms, log_terms, rate
-from ..derivation.gradients import dreg, path_terms
+from ..derivation.gradients import path_terms
 from ..derivation.importance import iwae
+from ..derivation.importance_gradients import dreg
 
 # %% ../../nbs/model/27_objectives.ipynb #3a5f2a7c
 def weighted_elbo(terms: Terms, beta: float = 1.0, free_bits: float = 0.0) -> Tensor:
