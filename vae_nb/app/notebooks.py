@@ -77,7 +77,7 @@ def blank_source(source: str) -> str:
         The new source; a cell without public functions as it was.
     """
     lines = source.splitlines()
-    names = []
+    names: list[str] = []
     for name, function in reversed(list(_public_functions(source))):
         if _is_open(function):  # of a protocol
             continue
@@ -108,7 +108,7 @@ def _cells(path: Path) -> list[dict[str, Any]]:
 
 def exported_functions(path: Path) -> list[str]:
     """The names of the public functions and methods that a notebook exports."""
-    names = []
+    names: list[str] = []
     for cell in _cells(path):
         if cell["cell_type"] == "code" and EXPORTED.match(cell["source"]):
             functions = _public_functions(cell["source"])
