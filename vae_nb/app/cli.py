@@ -17,7 +17,7 @@ __all__ = ['app', 'SIZE_ERRORS', 'TERMINAL_COLUMNS', 'REPORT_K', 'MAX_REPORT_K',
            'n_condition_of', 'condition_for', 'evaluate_run', 'output_dir', 'samples_path', 'check_sample_size',
            'model_has_rows', 'class_names', 'sample_condition', 'draw_samples', 'csv_bytes', 'table_bytes',
            'format_cell', 'samples_content', 'sample', 'load_examples', 'checked_examples', 'posterior_means',
-           'codes_table', 'encode', 'impute', 'lab', 'explore', 'QuietStream', 'open_missing_streams',
+           'codes_table', 'encode', 'impute', 'lab', 'report_check', 'explore', 'QuietStream', 'open_missing_streams',
            'silence_if_broken', 'print_warning', 'launched_group', 'main']
 
 # %% ../../nbs/app/59_cli.ipynb #1fd1f29f
@@ -1552,14 +1552,31 @@ def impute(  # noqa: PLR0913 (the options)
 @app.command()
 def lab(
     folder: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--dir",
-            help="Folder for the notebooks. Files there that were changed stay as they are.",
+            help="Folder for the notebooks. Files there that were changed stay as they are. "
+            "Default: vae_nb_notebooks, of the blank edition vae_nb_blank.",
             parser=nonempty_path,
             metavar="PATH",
         ),
-    ] = Path("vae_nb_notebooks"),
+    ] = None,
+    blank: Annotated[
+        bool,
+        typer.Option(
+            "--blank",
+            help="Blank edition: the functions of the derivation are left for you to write, and "
+            "the cells below them are red until you have.",
+        ),
+    ] = False,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a page of the blank edition, such as 04: say which functions are still to be "
+            "written, and which cell is the first that fails. Exit code 1 if there are any.",
+            metavar="NN",
+        ),
+    ] = None,
     port: Port = None,
     browser: Browser = True,
 ) -> None:
@@ -1569,13 +1586,32 @@ def lab(
     """
     from vae_nb.app.notebooks import check_server, copy_notebooks, run_jupyterlab
 
+    if folder is None:
+        folder = Path("vae_nb_blank" if blank or check is not None else "vae_nb_notebooks")
+    if check is not None:
+        report_check(folder, check)
+        return
     with usage_errors():
         check_server("JupyterLab", port)
-        written, changed = copy_notebooks(folder)
+        written, changed = copy_notebooks(folder, blank)
     typer.echo(f"{len(written)} files copied into {folder}")
     if changed:
         typer.echo(f"{len(changed)} differ from the package's and are left as they are")
+    if blank:
+        typer.echo("In nbs/derivation the functions are yours to write. What is still open there:")
+        typer.echo("  " + shlex.join(["vae_nb", "lab", "--dir", str(folder), "--check", "02"]))
     run_jupyterlab(folder, port, browser)
+
+
+def report_check(folder: Path, number: str) -> None:
+    """Print what is still to be written of a page of the blank edition; raises typer.Exit with code 1 if anything is."""
+    from vae_nb.app.notebooks import check_page, describe_check
+
+    with usage_errors():
+        found = check_page(folder, number)
+    typer.echo(describe_check(found))
+    if not found.is_done:
+        raise typer.Exit(1)
 
 
 @app.command()
