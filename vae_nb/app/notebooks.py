@@ -85,7 +85,7 @@ def blank_source(source: str) -> str:
         docstring = function.body[: -len(body)]
         # with the comments above the first statement
         first = (docstring[0].end_lineno or 0) + 1 if docstring else body[0].lineno
-        lines[first - 1 : body[-1].end_lineno] = [" " * body[0].col_offset + "..."]
+        lines[first - 1 : body[-1].end_lineno] = ["...".rjust(body[0].col_offset + len("..."))]
         names.insert(0, name)
     if not names:
         return source
