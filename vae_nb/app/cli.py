@@ -49,7 +49,9 @@ from vae_nb.app.options import (
     BatchSize,
     Beta,
     Binarize,
+    Blank,
     Browser,
+    CheckedPage,
     ColumnLikelihoods,
     Compile,
     Conditional,
@@ -62,6 +64,7 @@ from vae_nb.app.options import (
     GroupedHelp,
     Hidden,
     InitFrom,
+    LabFolder,
     LatentDim,
     LearningRate,
     LikelihoodName,
@@ -85,7 +88,6 @@ from vae_nb.app.options import (
     TrainDefaults,
     Warmup,
     default_sizes,
-    nonempty_path,
     number_option,
     path_option,
     text_option,
@@ -1551,32 +1553,9 @@ def impute(  # noqa: PLR0913 (the options)
 # %% ../../nbs/app/59_cli.ipynb #f53224f2
 @app.command()
 def lab(
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--dir",
-            help="Folder for the notebooks. Files there that were changed stay as they are. "
-            "Default: vae_nb_notebooks, of the blank edition vae_nb_blank.",
-            parser=nonempty_path,
-            metavar="PATH",
-        ),
-    ] = None,
-    blank: Annotated[
-        bool,
-        typer.Option(
-            "--blank",
-            help="Blank edition: the functions of the derivation are left for you to write, and "
-            "the cells below them are red until you have.",
-        ),
-    ] = False,
-    check: Annotated[
-        str | None,
-        typer.Option(
-            help="Of a page of the blank edition, such as 04: say which functions are still to be "
-            "written, and which cell is the first that fails. Exit code 1 if there are any.",
-            metavar="NN",
-        ),
-    ] = None,
+    folder: LabFolder = None,
+    blank: Blank = False,
+    check: CheckedPage = None,
     port: Port = None,
     browser: Browser = True,
 ) -> None:

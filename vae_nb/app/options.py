@@ -9,9 +9,9 @@ __all__ = ['DATA_SET_NAMES', 'SPLIT_NAMES', 'BINARIZE_NAMES', 'NETWORK_NAMES', '
            'LatentDim', 'NetworkName', 'Hidden', 'LikelihoodName', 'StdName', 'PosteriorName', 'PriorName',
            'ObjectiveName', 'Samples', 'Beta', 'Warmup', 'Epochs', 'BatchSize', 'LearningRate', 'EmaDecay', 'Patience',
            'Precision', 'Device', 'Compile', 'Seed', 'InitFrom', 'OutFolder', 'RecipeName', 'Resume', 'RunFolder',
-           'Split', 'DataPath', 'SampleSeed', 'Port', 'Browser', 'TrainDefaults', 'Sizes', 'default_sizes',
-           'text_option', 'number_parser', 'number_option', 'nonempty_path', 'path_option', 'run_folder', 'one_of',
-           'default_help', 'GroupedHelp']
+           'Split', 'DataPath', 'SampleSeed', 'Port', 'Browser', 'LabFolder', 'Blank', 'CheckedPage', 'TrainDefaults',
+           'Sizes', 'default_sizes', 'text_option', 'number_parser', 'number_option', 'nonempty_path', 'path_option',
+           'run_folder', 'one_of', 'default_help', 'GroupedHelp']
 
 # %% ../../nbs/app/58_options.ipynb #c5540e6e
 from collections.abc import Callable, Iterable
@@ -364,6 +364,35 @@ Port = Annotated[
 ]
 Browser = Annotated[
     bool, text_option("Open the browser, or with --no-browser only print the address.")
+]
+
+# %% ../../nbs/app/58_options.ipynb #ff6d5091
+LabFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--dir",
+        help="Folder for the notebooks. Files there that were changed stay as they are. "
+        "Default: vae_nb_notebooks, of the blank edition vae_nb_blank.",
+        parser=nonempty_path,
+        metavar="PATH",
+    ),
+]
+Blank = Annotated[
+    bool,
+    typer.Option(
+        "--blank",
+        help="Blank edition: the functions of the derivation are left for you to write, and the "
+        "cells below them are red until you have.",
+    ),
+]
+CheckedPage = Annotated[
+    str | None,
+    typer.Option(
+        "--check",
+        help="Of a page of the blank edition, such as 04: print which functions are still to be "
+        "written, and the first cell that fails. Exit code 1 if there are any.",
+        metavar="NN",
+    ),
 ]
 
 # %% ../../nbs/app/58_options.ipynb #60ae930a
