@@ -15,10 +15,10 @@ __all__ = ['app', 'SIZE_ERRORS', 'TERMINAL_COLUMNS', 'REPORT_K', 'MAX_REPORT_K',
            'claim_folder', 'start_run', 'check_recipe_start', 'train_recipe', 'restarted_run', 'resume_run',
            'train_config', 'model_options', 'build_model', 'new_trainer', 'train', 'recipe_line', 'recipes',
            'n_condition_of', 'condition_for', 'evaluate_run', 'output_dir', 'samples_path', 'check_sample_size',
-           'model_has_rows', 'class_names', 'sample_condition', 'draw_samples', 'csv_bytes', 'table_bytes',
-           'format_cell', 'samples_content', 'sample', 'load_examples', 'checked_examples', 'posterior_means',
-           'codes_table', 'encode', 'impute', 'lab', 'report_check', 'explore', 'QuietStream', 'open_missing_streams',
-           'silence_if_broken', 'print_warning', 'launched_group', 'main']
+           'gives_means', 'class_names', 'sample_condition', 'draw_samples', 'csv_bytes', 'table_bytes', 'format_cell',
+           'samples_content', 'sample', 'load_examples', 'checked_examples', 'posterior_means', 'codes_table', 'encode',
+           'impute', 'lab', 'report_check', 'explore', 'QuietStream', 'open_missing_streams', 'silence_if_broken',
+           'print_warning', 'launched_group', 'main']
 
 # %% ../../nbs/app/59_cli.ipynb #1fd1f29f
 import csv
@@ -1228,10 +1228,15 @@ def check_sample_size(model: "VAE", n: int, is_picture: bool) -> None:
         )
 
 
-def model_has_rows(model: "VAE") -> bool:
-    """Whether a model's data points are vectors, such as the rows of a table."""
+def gives_means(model: "VAE", mean: bool | None, is_picture: bool) -> bool:
+    """Whether means of p(x|z) are given, not samples: as asked for, else for pictures and images, whose means are smooth.
+
+    Means of the rows of a table vary less than rows do.
+    """
     assert model.config is not None  # `load` built it from its config.json
-    return len(model.config["shape"]) == 1
+    if mean is not None:
+        return mean
+    return is_picture or len(model.config["shape"]) > 1
 
 
 def class_names(model: "VAE") -> list[str]:
@@ -1378,10 +1383,8 @@ def sample(
             path.parent.mkdir(exist_ok=True)
         check_output_path(path, (".png", ".npz", ".csv"))
         validate_model(model, ("prior", "likelihood"))
-        is_picture = path.suffix == ".png"
-        if mean is None:  # means of rows vary less than rows do
-            mean = is_picture or not model_has_rows(model)
-        check_sample_size(model, n, is_picture)
+        mean = gives_means(model, mean, path.suffix == ".png")
+        check_sample_size(model, n, path.suffix == ".png")
         condition = sample_condition(run, model, n, label)
         torch.manual_seed(seed)
     with machine_errors():

@@ -516,7 +516,12 @@ N_TRAIN_AND_VALID = {"digits": 1_497} | dict.fromkeys(TORCHVISION, 60_000)
 
 
 def _validate_arguments(
-    source: Any, root: str | Path | None, binarize: str | None, labels: Any, n_valid: int | None
+    source: Any,
+    root: str | Path | None,
+    binarize: str | None,
+    labels: Any,
+    n_valid: int | None,
+    likelihoods: Mapping[Any, str] | None = None,
 ) -> None:
     """Check the arguments of `load_data` before anything is read.
 
@@ -535,6 +540,8 @@ def _validate_arguments(
     is_named = isinstance(source, str) and source in N_TRAIN_AND_VALID
     if labels is not None and is_named:
         raise ValueError(f"{source} has labels of its own: leave labels out")
+    if likelihoods and is_named:
+        raise ValueError(f"likelihoods are chosen for the columns of a table: {source} are images")
     if labels is not None and isinstance(source, DataLoader):
         raise ValueError(
             "a DataLoader may shuffle: let its Dataset give (x, y), or give that Dataset and labels"
@@ -578,7 +585,7 @@ def load_data(  # noqa: PLR0913 (one for each choice that a user has)
         ValueError: names and values that are not allowed, data that cannot be used.
         FileNotFoundError: files that are not there.
     """
-    _validate_arguments(source, root, binarize, labels, n_valid)
+    _validate_arguments(source, root, binarize, labels, n_valid, likelihoods)
     seed = as_seed(seed)
     if not isinstance(conditional, bool):
         raise ValueError(f"conditional is True or False: got {conditional!r:.60}")
@@ -594,8 +601,6 @@ def load_data(  # noqa: PLR0913 (one for each choice that a user has)
         data = binarize_data(data, binarize or "dynamic", seed)
     elif binarize is not None and binarize != "none":
         data = binarize_data(data, binarize, seed)
-    if name is not None and likelihoods:
-        raise ValueError(f"likelihoods are chosen for the columns of a table: {name} are images")
     if conditional and data.train_labels is None:
         raise ValueError(
             f"conditional=True needs labels, and {data.name} has none: "
