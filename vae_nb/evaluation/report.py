@@ -95,11 +95,21 @@ def few_effective_samples(k: int) -> float:
     return min(10, k / 10)
 
 
+def _name_of_data(report: Report) -> str:
+    """The names of data set and split, as far as there are any."""
+    return f"{report.data} {report.split}".strip()
+
+
+def _counts_in_words(report: Report) -> list[str]:
+    """How many examples and samples a report is of, and its unit."""
+    examples = _count(report.n, "example")
+    return [examples, f"{_count(report.k, 'sample')} each", "nats per example"]
+
+
 def _format_report(report: Report) -> str:
     """Write a report as people read it; what is not defined is left out, and explanations come only where due."""
     lines = [
-        f"{report.data} {report.split}, {_count(report.n, 'example')}, "
-        f"{_count(report.k, 'sample')} each, nats per example",
+        ", ".join(filter(None, [_name_of_data(report), *_counts_in_words(report)])),
         *_format_parts(report),
         *_format_split_of_rate(report),
         *_format_bounds(report.bound_by_k),

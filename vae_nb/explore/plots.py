@@ -519,16 +519,28 @@ def plot_marginals(model: VAE, x: Tensor, condition: Tensor | None = None) -> Fi
         ax = fig.add_subplot(nrows, ncols, i + 1)
         seen = x[:, i].float().cpu()
         seen = seen[~seen.isnan()]
-        both = torch.cat([seen, drawn[:, i]])
-        low, high = both.quantile(0.005).item(), both.quantile(0.995).item()
-        bins = torch.linspace(low, high if high > low else low + 1, _BINS + 1).tolist()
-        for rows, color in ((seen, COLORS[0]), (drawn[:, i], COLORS[1])):
-            ax.hist(rows.clamp(low, high).tolist(), bins=bins, color=color, alpha=0.6, density=True)
+        words = None if model.categories is None else model.categories[i]
+        _draw_marginal(ax, seen, drawn[:, i], words)
         ax.set_title(names[i][:24], loc="left", fontsize=8)
         ax.set(yticks=[])
         ax.tick_params(labelsize=7)
     _head_table(fig, "Each column")
     return fig
+
+
+def _draw_marginal(
+    ax: Axes, seen: Tensor, drawn: Tensor, words: Sequence[str] | None = None
+) -> None:
+    """Draw two histograms of one column, (n,) and (m,); with a bar for each word, where its numbers stand for words."""
+    both = torch.cat([seen, drawn])
+    low, high = both.quantile(0.005).item(), both.quantile(0.995).item()
+    bins = torch.linspace(low, high if high > low else low + 1, _BINS + 1).tolist()
+    if words is not None:
+        low, high = 0, len(words) - 1
+        bins = [place - 0.5 for place in range(len(words) + 1)]
+        ax.set_xticks(range(len(words)), [word[:8] for word in words])
+    for rows, color in ((seen, COLORS[0]), (drawn, COLORS[1])):
+        ax.hist(rows.clamp(low, high).tolist(), bins=bins, color=color, alpha=0.6, density=True)
 
 
 def plot_pairs(model: VAE, x: Tensor, condition: Tensor | None = None) -> Figure:
