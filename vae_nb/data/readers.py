@@ -427,11 +427,9 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _read_sparse(path: Path) -> np.ndarray:
-    """Read a sparse matrix that scipy wrote. Raises ValueError where scipy is not installed."""
-    try:
-        from scipy.sparse import load_npz
-    except ImportError as e:
-        raise ValueError(f"{path} is read by scipy: install it, or write a dense array") from e
+    """Read a sparse matrix that scipy wrote; scipy itself is imported only where there is one."""
+    from scipy.sparse import load_npz
+
     return to_array(load_npz(path))
 
 
