@@ -14,11 +14,11 @@ __all__ = ['app', 'SIZE_ERRORS', 'TERMINAL_COLUMNS', 'REPORT_K', 'MAX_REPORT_K',
            'check_new_folder', 'parse_widths', 'parse_std', 'parse_column_likelihoods', 'chosen_sizes', 'data_spec',
            'claim_folder', 'start_run', 'check_recipe_start', 'train_recipe', 'restarted_run', 'resume_run',
            'train_config', 'model_options', 'build_model', 'new_trainer', 'train', 'recipe_line', 'recipes',
-           'n_condition_of', 'condition_for', 'evaluate_run', 'output_dir', 'samples_path', 'check_sample_size',
-           'gives_means', 'class_names', 'sample_condition', 'draw_samples', 'csv_bytes', 'table_bytes', 'format_cell',
-           'samples_content', 'sample', 'load_examples', 'checked_examples', 'posterior_means', 'codes_table', 'encode',
-           'impute', 'lab', 'report_check', 'explore', 'QuietStream', 'open_missing_streams', 'silence_if_broken',
-           'print_warning', 'launched_group', 'main']
+           'n_condition_of', 'condition_for', 'refined_if_asked', 'evaluate_run', 'output_dir', 'samples_path',
+           'check_sample_size', 'gives_means', 'class_names', 'sample_condition', 'draw_samples', 'csv_bytes',
+           'table_bytes', 'format_cell', 'samples_content', 'sample', 'load_examples', 'checked_examples',
+           'posterior_means', 'codes_table', 'encode', 'impute', 'lab', 'report_check', 'explore', 'QuietStream',
+           'open_missing_streams', 'silence_if_broken', 'print_warning', 'launched_group', 'main']
 
 # %% ../../nbs/app/59_cli.ipynb #1fd1f29f
 import csv
@@ -77,6 +77,7 @@ from vae_nb.app.options import (
     Precision,
     PriorName,
     RecipeName,
+    Refine,
     Resume,
     RunFolder,
     Samples,
@@ -1143,6 +1144,20 @@ def condition_for(run: Path, model: "VAE", labels: "Tensor | None") -> "Tensor |
     return as_condition(labels, n_condition)
 
 
+def refined_if_asked(model: "VAE", steps: int) -> "VAE":
+    """The model, with a search for each example's posterior if it has steps; whatever takes a VAE takes either.
+
+    Raises:
+        ValueError: steps below 0.
+    """
+    from vae_nb.base.arguments import as_int
+    from vae_nb.evaluation.estimates import RefinedModel
+
+    if as_int("--refine", steps, 0) == 0:
+        return model
+    return cast("VAE", RefinedModel(model, steps))
+
+
 @app.command(name="evaluate")
 def evaluate_run(  # noqa: PLR0913 (the options)
     run: RunFolder,
@@ -1153,6 +1168,7 @@ def evaluate_run(  # noqa: PLR0913 (the options)
     k: Annotated[
         int, number_option("Samples of q(z|x) for each example: more is tighter and slower.")
     ] = 1000,
+    refine: Refine = 0,
     out: Annotated[Path | None, path_option("Also write the report to this new JSON file.")] = None,
 ) -> None:
     """Report log p(x), ELBO, rate, distortion.
@@ -1176,7 +1192,7 @@ def evaluate_run(  # noqa: PLR0913 (the options)
         x = data.split(split, seed)
         condition = condition_for(run, model, data.labels(split))
         validate_work(k, len(x))
-        model.to(resolve_device(device))
+        model = refined_if_asked(model.to(resolve_device(device)), refine)
         validate_inputs(model, x, condition)
     with machine_errors():
         progress = sys.stderr.isatty()
@@ -1477,6 +1493,7 @@ def encode(  # noqa: PLR0913 (the options)
         ),
     ] = None,
     k: Annotated[int, number_option("Samples of q(z|x) for each example's log p(x).")] = 100,
+    refine: Refine = 0,
     out: Annotated[
         Path | None, path_option("New file, .npz or .csv. Default: RUN/codes-….npz")
     ] = None,
@@ -1499,7 +1516,7 @@ def encode(  # noqa: PLR0913 (the options)
         if run.is_dir():
             check_output_path(path, (".npz", ".csv"))
         model, items, condition = checked_examples(run, split, data_dir, seed, data, k)
-        model.to(resolve_device(device))
+        model = refined_if_asked(model.to(resolve_device(device)), refine)
     with machine_errors():
         estimates = per_example(model, items.x, k, seed, condition, progress=sys.stderr.isatty())
         codes = posterior_means(model, items.x, condition)

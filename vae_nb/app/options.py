@@ -9,9 +9,9 @@ __all__ = ['DATA_SET_NAMES', 'SPLIT_NAMES', 'BINARIZE_NAMES', 'NETWORK_NAMES', '
            'LatentDim', 'NetworkName', 'Hidden', 'LikelihoodName', 'StdName', 'PosteriorName', 'PriorName',
            'ObjectiveName', 'Samples', 'Beta', 'Warmup', 'Epochs', 'BatchSize', 'LearningRate', 'EmaDecay', 'Patience',
            'Precision', 'Device', 'Compile', 'Seed', 'InitFrom', 'OutFolder', 'RecipeName', 'Resume', 'RunFolder',
-           'Split', 'DataPath', 'SampleSeed', 'Port', 'Browser', 'LabFolder', 'Blank', 'CheckedPage', 'TrainDefaults',
-           'Sizes', 'default_sizes', 'text_option', 'number_parser', 'number_option', 'nonempty_path', 'path_option',
-           'run_folder', 'one_of', 'default_help', 'GroupedHelp']
+           'Split', 'DataPath', 'SampleSeed', 'Refine', 'Port', 'Browser', 'LabFolder', 'Blank', 'CheckedPage',
+           'TrainDefaults', 'Sizes', 'default_sizes', 'text_option', 'number_parser', 'number_option', 'nonempty_path',
+           'path_option', 'run_folder', 'one_of', 'default_help', 'GroupedHelp']
 
 # %% ../../nbs/app/58_options.ipynb #c5540e6e
 from collections.abc import Callable, Iterable
@@ -356,6 +356,13 @@ DataPath = Annotated[
     ),
 ]
 SampleSeed = Annotated[int, number_option("Random seed of the samples.")]
+Refine = Annotated[
+    int,
+    number_option(
+        "Steps of a search for each example's q(z|x), from the encoder's on: tighter, slower. Some "
+        "hundreds find what there is to find; 0 trusts the encoder."
+    ),
+]
 Port = Annotated[
     int | None,
     number_option(

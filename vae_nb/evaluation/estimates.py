@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_NUMBERS_PER_PASS', 'MAX_WEIGHTS_IN_MEMORY', 'MAX_SAMPLES', 'MAX_PASSES', 'evaluation_mode', 'iter_batches',
            'numbers_per_pass', 'elements_per_sample', 'iter_log_terms', 'sample_counts', 'bound_by_k', 'validate_model',
-           'validate_inputs', 'validate_work', 'PerExample', 'per_example', 'mean_and_se', 'standard_error']
+           'validate_inputs', 'validate_work', 'PerExample', 'per_example', 'RefinedModel', 'mean_and_se',
+           'standard_error']
 
 # %% ../../nbs/evaluation/35_estimates.ipynb #337c70d5
 import math
@@ -27,12 +28,13 @@ from vae_nb.base.seeding import (
     restored_random_states,
     seed_generators,
 )
-from ..derivation.densities import log_mean_exp
+from ..derivation.amortisation import fit_posterior
+from ..derivation.densities import DiagonalNormal, log_mean_exp
 from ..derivation.elbo import Terms, distortion, elbo, log_terms, rate
 from ..derivation.evidence import LatentModel
 from ..derivation.importance import effective_sample_size, iwae
 from ..model.priors import DiagonalGaussianMixture
-from ..model.vae import are_classes, as_real_tensor
+from ..model.vae import are_classes, as_real_tensor, mean_of
 
 # %% ../../nbs/evaluation/35_estimates.ipynb #29fc6d77
 @contextmanager
@@ -408,6 +410,55 @@ def _in_order(shares: list[list[Tensor]]) -> Tensor:
     n_batches = sum(map(len, shares))
     batches = [shares[i % n_processes][i // n_processes] for i in range(n_batches)]
     return torch.cat(batches, dim=1)
+
+# %% ../../nbs/evaluation/35_estimates.ipynb #e190978c
+_ROWS_OF_A_SEARCH = 256
+
+
+class RefinedModel(nn.Module):
+    """A model whose approximate posterior is searched for each data point, beginning with the encoder's (equation 8.4).
+
+    Whatever else is asked of it, the model answers.
+
+    Args:
+        model: any `LatentModel` that is a module.
+        steps: of the search, at least 1: some hundreds find what there is to find.
+    """
+
+    def __init__(self, model: nn.Module, steps: int = 200) -> None:
+        super().__init__()
+        self.model = model
+        self.steps = as_int("steps, of the search,", steps)
+        self._found: tuple[Tensor, Distribution] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of this module, or else of the model."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def posterior(self, x: Tensor, condition: Tensor | None = None) -> Distribution:
+        """Search for q(z|x), batch (n,), event (d_z,); the same data points, asked for again, have the same q."""
+        if self._found is None or self._found[0] is not x:
+            means = []
+            stds = []
+            for i in range(0, len(x), _ROWS_OF_A_SEARCH):
+                rows = slice(i, i + _ROWS_OF_A_SEARCH)
+                of_rows = None if condition is None else condition[rows]
+                model = cast(LatentModel, self.model)
+                q = fit_posterior(model, x[rows], steps=self.steps, condition=of_rows)
+                means.append(q.mean)
+                stds.append(q.stddev)
+            self._found = (x, DiagonalNormal(torch.cat(means), torch.cat(stds)))
+        return self._found[1]
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, condition: Any = None) -> Tensor:
+        """The means of q(z|x), (n, d_z): see `VAE.encode`."""
+        model = cast(Any, self.model)
+        points = model.to_model(x)
+        return mean_of(self.posterior(points, *model.condition_args(condition, len(points))))
 
 # %% ../../nbs/evaluation/35_estimates.ipynb #1f369e69
 def mean_and_se(values: Tensor | Sequence[float]) -> tuple[float, float]:
