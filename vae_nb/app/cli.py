@@ -11,14 +11,14 @@ __all__ = ['app', 'SIZE_ERRORS', 'TERMINAL_COLUMNS', 'REPORT_K', 'MAX_REPORT_K',
            'some_examples', 'evaluate_splits', 'report_entries', 'save_figures', 'ending_in_words', 'resume_command',
            'next_commands', 'run_summary', 'recipe_for_result', 'write_report', 'Ending', 'later_signals', 'Failure',
            'failure_of', 'fit', 'save_model', 'report', 'locked', 'remove_failed_run', 'exit_with', 'train_and_report',
-           'check_new_folder', 'parse_widths', 'parse_std', 'parse_column_likelihoods', 'chosen_sizes', 'data_spec',
-           'claim_folder', 'start_run', 'check_recipe_start', 'train_recipe', 'restarted_run', 'resume_run',
-           'train_config', 'model_options', 'build_model', 'new_trainer', 'train', 'recipe_line', 'recipes',
-           'n_condition_of', 'condition_for', 'refined_if_asked', 'evaluate_run', 'output_dir', 'samples_path',
-           'check_sample_size', 'gives_means', 'class_names', 'sample_condition', 'draw_samples', 'csv_bytes',
-           'table_bytes', 'format_cell', 'samples_content', 'sample', 'load_examples', 'checked_examples',
-           'posterior_means', 'codes_table', 'encode', 'impute', 'lab', 'report_check', 'explore', 'QuietStream',
-           'open_missing_streams', 'silence_if_broken', 'print_warning', 'launched_group', 'main']
+           'check_new_folder', 'parse_widths', 'parse_latent_dim', 'parse_std', 'parse_column_likelihoods',
+           'chosen_sizes', 'data_spec', 'claim_folder', 'start_run', 'check_recipe_start', 'train_recipe',
+           'restarted_run', 'resume_run', 'train_config', 'model_options', 'build_model', 'new_trainer', 'train',
+           'recipe_line', 'recipes', 'n_condition_of', 'condition_for', 'refined_if_asked', 'evaluate_run',
+           'output_dir', 'samples_path', 'check_sample_size', 'gives_means', 'class_names', 'sample_condition',
+           'draw_samples', 'csv_bytes', 'table_bytes', 'format_cell', 'samples_content', 'sample', 'load_examples',
+           'checked_examples', 'posterior_means', 'codes_table', 'encode', 'impute', 'lab', 'report_check', 'explore',
+           'QuietStream', 'open_missing_streams', 'silence_if_broken', 'print_warning', 'launched_group', 'main']
 
 # %% ../../nbs/app/59_cli.ipynb #1fd1f29f
 import csv
@@ -302,6 +302,13 @@ def model_in_words(model: "VAE") -> str:
     return text
 
 
+def _latent_dimensions_in_words(latent_dim: int | list[int]) -> str:
+    """The number of latent variables, or that of each layer."""
+    if isinstance(latent_dim, int):
+        return counted(latent_dim, "latent dimension")
+    return f"layers of {', '.join(map(str, latent_dim))} latent dimensions"
+
+
 def networks_in_words(model: "VAE") -> str:
     """Architecture, widths and number of parameters of a model that `build_vae` made."""
     config = model.config
@@ -309,7 +316,7 @@ def networks_in_words(model: "VAE") -> str:
     n_parameters = sum(p.numel() for p in model.parameters())
     widths = "-".join(map(str, config["hidden"])) or "without hidden layers"
     return (
-        f"{config['network']} {widths}, {counted(config['latent_dim'], 'latent dimension')}, "
+        f"{config['network']} {widths}, {_latent_dimensions_in_words(config['latent_dim'])}, "
         f"{counted(n_parameters, 'parameter')}"
     )
 
@@ -763,6 +770,18 @@ def parse_widths(hidden: str) -> tuple[int, ...]:
         ) from None
 
 
+def parse_latent_dim(latent_dim: int | str) -> int | list[int]:
+    """Latent dimensions from a text: 2 → 2, or of several layers, 32,16 → [32, 16]. Raises ValueError."""
+    try:
+        layers = [int(size) for size in str(latent_dim).split(",")]
+    except ValueError:
+        raise ValueError(
+            "--latent-dim is a whole number, or one for each layer with commas between, such as 32,16: "
+            f"got {latent_dim!r}"
+        ) from None
+    return layers if len(layers) > 1 else layers[0]
+
+
 def parse_std(std: str) -> float | str:
     """The standard deviation of a Gaussian likelihood from a text: a number, or a name, which is checked later."""
     try:
@@ -975,7 +994,9 @@ def model_options(
     widths = None  # those of the network
     if hidden is not None or network == "mlp":
         widths = parse_widths(sizes.hidden)
-    latent_dim = as_int("latent_dim", sizes.latent_dim)
+    latent_dim = parse_latent_dim(sizes.latent_dim)
+    for size in [latent_dim] if isinstance(latent_dim, int) else latent_dim:
+        as_int("latent_dim", size)
     if likelihood is not None:
         choose("likelihood", likelihood, LIKELIHOODS)
     sized = {"latent_dim": latent_dim, "hidden": widths}

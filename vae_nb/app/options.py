@@ -39,9 +39,9 @@ LIKELIHOOD_NAMES = (
     "zero-inflated-negative-binomial",
 )
 STD_NAMES = ("shared", "per-feature", "per-example")
-POSTERIOR_NAMES = ("diagonal", "full", "iaf", "nsf")
-PRIOR_NAMES = ("standard", "mixture", "vamp", "flow", "conditional")
-OBJECTIVE_NAMES = ("elbo", "stl", "iwae", "dreg", "tvo")
+POSTERIOR_NAMES = ("diagonal", "full", "iaf", "nsf", "bottom-up", "ladder")
+PRIOR_NAMES = ("standard", "mixture", "vamp", "flow", "conditional", "hierarchical")
+OBJECTIVE_NAMES = ("elbo", "stl", "iwae", "dreg", "miwae", "ciwae", "piwae", "tvo")
 PRECISION_NAMES = ("auto", "float32", "tf32", "bf16")
 COMPILE_NAMES = ("auto", "on", "off")
 PRETRAINED_NAMES = ("digits", "mnist")
@@ -69,9 +69,9 @@ class TrainDefaults:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Size of a model and of its training; `hidden` is that of an mlp, as on the command line."""
+    """Size of a model and of its training; `hidden` is that of an mlp, and both sizes may be as on the command line."""
 
-    latent_dim: int
+    latent_dim: int | str
     hidden: str
     epochs: int
     batch_size: int
@@ -195,8 +195,12 @@ ColumnLikelihoods = Annotated[
     ),
 ]
 LatentDim = Annotated[
-    int | None,
-    number_option(f"Latent dimensions. Default: {default_help('latent_dim')}", "Model"),
+    str | None,
+    text_option(
+        "Latent dimensions; with --prior hierarchical those of each layer, the one next to the data "
+        f"first: 32,16. Default: {default_help('latent_dim')}",
+        "Model",
+    ),
 ]
 NetworkName = Annotated[
     str, text_option(f"Architecture of encoder and decoder: {one_of(NETWORK_NAMES)}.", "Model")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .densities import log_mean_exp
+from .densities import log_mean_exp, without_negligible
 from .elbo import positive_count
 from .evidence import LatentModel
 
@@ -313,7 +313,8 @@ def left_riemann_sum(log_w: Tensor, betas: Tensor) -> Tensor:
     Returns:
         (n,) nats, differentiable in log_w.
     """
-    heights = ((betas[:-1, None, None] * log_w).softmax(1) * log_w).sum(1)  # (T, n)
+    tempered = without_negligible(betas[:-1, None, None] * log_w, dim=1)
+    heights = (tempered.softmax(1) * log_w).sum(1)  # (T, n)
     return betas.diff() @ heights
 
 

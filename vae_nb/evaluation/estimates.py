@@ -32,6 +32,7 @@ from ..derivation.amortisation import fit_posterior
 from ..derivation.densities import DiagonalNormal, log_mean_exp
 from ..derivation.elbo import Terms, distortion, elbo, log_terms, rate
 from ..derivation.evidence import LatentModel
+from ..derivation.hierarchies import ChainDistribution
 from ..derivation.importance import effective_sample_size, iwae
 from ..model.priors import DiagonalGaussianMixture
 from ..model.vae import are_classes, as_real_tensor, mean_of
@@ -136,6 +137,8 @@ def elements_per_sample(model: nn.Module, x: Tensor, condition_args: Sequence[Te
 def _elements_of_prior(prior: Distribution) -> int:
     """Count the numbers that the log density of one z needs."""
     latent_dim = prior.event_shape.numel()
+    if isinstance(prior, ChainDistribution):
+        return max(latent_dim, _elements_of_prior(prior.first))
     if not isinstance(prior, MixtureSameFamily):
         return latent_dim
     n_components = prior.mixture_distribution.logits.shape[-1]

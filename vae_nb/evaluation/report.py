@@ -28,7 +28,13 @@ from vae_nb.evaluation.estimates import (
     per_example,
     standard_error,
 )
-from .latent_usage import RateSplit, active_units, kl_by_latent, split_rate
+from vae_nb.evaluation.latent_usage import (
+    RateSplit,
+    active_units,
+    kl_by_latent,
+    kl_by_layer,
+    split_rate,
+)
 from ..model.vae import as_real_tensor
 
 # %% ../../nbs/evaluation/38_report.ipynb #a9618862
@@ -61,6 +67,8 @@ class Report:
     aggregate_kl_se: float | None
     # of the rate in closed form, where q and p(z) have independent coordinates
     kl_by_latent: list[float] | None
+    # of the rate, by layer of latent variables, the one next to the data first, where the uppermost is drawn first
+    kl_by_layer: list[float] | None
     seconds: float
     seed: int
     data: str
@@ -111,6 +119,7 @@ def _format_report(report: Report) -> str:
     lines = [
         ", ".join(filter(None, [_name_of_data(report), *_counts_in_words(report)])),
         *_format_parts(report),
+        *_format_layers(report),
         *_format_split_of_rate(report),
         *_format_bounds(report.bound_by_k),
         *_format_looseness(report),
@@ -136,6 +145,14 @@ def _format_parts(report: Report) -> list[str]:
         f"      − distortion {distortion}   (what remains of x given z)",
         f"  active units  {report.active_units:5d}{std}",
     ]
+
+
+def _format_layers(report: Report) -> list[str]:
+    """Write what each layer of latent variables adds to the rate, where there are several."""
+    if report.kl_by_layer is None:
+        return []
+    rates = [f"z{i} {_number_text(rate, 2)}" for i, rate in enumerate(report.kl_by_layer, 1)]
+    return [f"  rate by layer    {', '.join(rates)}   (z1 is next to the data)"]
 
 
 def _format_split_of_rate(report: Report) -> list[str]:
@@ -339,6 +356,7 @@ def evaluate(  # noqa: PLR0913 (what is measured, how, what it is called)
         aggregate_kl=parts.aggregate_kl,
         aggregate_kl_se=parts.aggregate_kl_se,
         kl_by_latent=kl_by_latent(model, x, condition),
+        kl_by_layer=kl_by_layer(model, x, condition, seed),
         seconds=time.perf_counter() - start,
         seed=seed,
         data=data,

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRIORS', 'StandardNormal', 'DiagonalGaussianMixture', 'make_mixture', 'MixturePrior', 'VampPrior', 'FlowPrior',
-           'ConditionalNormal']
+           'ConditionalNormal', 'HierarchicalPrior']
 
 # %% ../../nbs/model/23_priors.ipynb #c84d596a
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributions import Categorical, Distribution, MixtureSameFamily
 from ..base.arguments import as_int
 from ..base.devices import promote_to_float32
 from ..derivation.densities import DiagonalNormal, StandardDiagonalNormal
+from ..derivation.hierarchies import ChainDistribution
 from .flows import FlowDistribution, flow_transforms
 from .posteriors import bounded_std
 
@@ -153,7 +155,12 @@ class VampPrior(nn.Module):
         x = self.pseudo_inputs
         if self.transform is not None:
             x = self.transform.inverse(x)
-        return make_mixture(logits, self.posterior(x))
+        q = self.posterior(x)
+        if isinstance(
+            q, ChainDistribution
+        ):  # the prior of the uppermost layer, which is drawn first
+            q = q.first
+        return make_mixture(logits, q)
 
 # %% ../../nbs/model/23_priors.ipynb #e98c94ae
 class FlowPrior(nn.Module):
@@ -221,3 +228,30 @@ PRIORS: dict[str, type[nn.Module]] = {
     "flow": FlowPrior,
     "conditional": ConditionalNormal,
 }
+
+# %% ../../nbs/model/23_priors.ipynb #6bb90219
+class HierarchicalPrior(nn.Module):
+    """p(z_L) p(z_{L-1} | z_L) ... p(z_1 | z_2), several layers of latent variables (equation 13.1).
+
+    Args:
+        top: a prior of the uppermost layer.
+        layers: d_1, ..., d_L, the lowest layer, next to the data, first.
+        steps: from each layer to the distribution of the next below it, the uppermost first, see `GaussianStep`; L - 1
+            of them.
+
+    Raises:
+        ValueError: there is not one step less than there are layers.
+    """
+
+    def __init__(self, top: nn.Module, layers: Sequence[int], steps: Sequence[nn.Module]) -> None:
+        super().__init__()
+        if len(steps) != len(layers) - 1:
+            raise ValueError(f"{len(layers)} layers have {len(layers) - 1} steps: got {len(steps)}")
+        self.layers = list(layers)
+        self.top = top
+        self.steps = nn.ModuleList(steps)
+
+    def forward(self, condition: Tensor | None = None) -> ChainDistribution:
+        """Compute p(z), of batch shape () and event shape (d_1 + ... + d_L,); the condition goes to the uppermost layer."""
+        top = self.top() if condition is None else self.top(condition)
+        return ChainDistribution(top, list(self.steps), self.layers)

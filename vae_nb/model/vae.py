@@ -18,7 +18,8 @@ from torch.distributions import Distribution
 from ..base.arguments import as_int, as_number
 from ..derivation.elbo import log_terms
 from ..derivation.importance import effective_sample_size
-from .priors import VampPrior
+from .posteriors import LadderPosterior
+from .priors import HierarchicalPrior, VampPrior
 
 # %% ../../nbs/model/25_vae.ipynb #c38c4a2b
 def as_real_tensor(name: str, value: Any) -> Tensor:
@@ -143,10 +144,21 @@ class VAE(nn.Module):
         super().__setattr__(name, value)
         if name in ("likelihood", "posterior", "prior"):
             self.config = None  # it describes the model as it was built
+        if name in ("posterior", "prior"):
+            self._tie_parts()
+
+    def _tie_parts(self) -> None:
+        """Let a VampPrior use this model's posterior, and a ladder the steps of this model's prior.
+
+        Past nn.Module's registration: weights belong to the model, and only once.
+        """
         prior = self._modules.get("prior")
-        if name == "posterior" and isinstance(prior, VampPrior):
-            # past nn.Module's registration: the posterior's weights belong to the model, and only once
-            prior.__dict__["posterior"] = value
+        posterior = self._modules.get("posterior")
+        top = prior.top if isinstance(prior, HierarchicalPrior) else prior
+        if isinstance(top, VampPrior) and posterior is not None:
+            top.__dict__["posterior"] = posterior
+        if isinstance(posterior, LadderPosterior) and isinstance(prior, HierarchicalPrior):
+            posterior.__dict__["prior_steps"] = prior.steps
 
     def to_model(self, t: Tensor | np.ndarray) -> Tensor:
         """t as a tensor on the model's device and in its dtype."""

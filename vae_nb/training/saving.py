@@ -26,11 +26,9 @@ import vae_nb
 from ..base.arguments import choose
 from ..base.files import to_json, write_atomically
 from ..base.seeding import NOISE_LOCK, restored_random_states
-from ..model.factory import build_vae, complete_config
+from ..model.factory import ALL_POSTERIORS, ALL_PRIORS, build_vae, complete_config
 from ..model.likelihoods import LIKELIHOODS, MixedLikelihood
 from ..model.networks import NETWORKS
-from ..model.posteriors import POSTERIORS
-from ..model.priors import PRIORS
 from ..model.vae import VAE
 
 # %% ../../nbs/training/42_saving.ipynb #1423af89
@@ -109,8 +107,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 PARTS_BY_NAME: dict[str, dict[str, Any]] = {
     "likelihood": LIKELIHOODS,
-    "posterior": POSTERIORS,
-    "prior": PRIORS,
+    "posterior": ALL_POSTERIORS,
+    "prior": ALL_PRIORS,
     "network": NETWORKS,
 }
 
