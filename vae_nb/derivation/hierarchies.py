@@ -142,6 +142,7 @@ class ChainDistribution(Distribution):
         terms = [self.first.log_prob(blocks[0])]
         for step, before, block in zip(self.steps, blocks[:-1], blocks[1:], strict=True):
             terms.append(step(before).log_prob(block))
+        terms = list(torch.broadcast_tensors(*terms))  # z may be one for all data points
         return torch.stack(terms[::-1] if self.top_down else terms)
 
     def log_prob(self, value: Tensor) -> Tensor:

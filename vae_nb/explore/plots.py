@@ -6,8 +6,8 @@
 __all__ = ['MAX_RECONSTRUCTIONS', 'MAX_COLUMNS', 'MAX_DOTS', 'MAX_TABLE_COLUMNS', 'MAX_PAIR_COLUMNS', 'MAX_FIGURE_EXAMPLES',
            'plot_history', 'plot_monitor', 'live_plot', 'to_grayscale', 'to_pictures', 'max_pixel_value',
            'plot_reconstructions', 'plot_samples', 'latent_name', 'most_variable_latents', 'two_most_variable_latents',
-           'plot_latent_map', 'plot_prior_predictive', 'plot_rate_distortion', 'plot_importance_weights', 'animate',
-           'column_names', 'plot_marginals', 'plot_pairs', 'run_figures']
+           'plot_latent_map', 'plot_prior_predictive', 'plot_layer_samples', 'plot_rate_distortion',
+           'plot_importance_weights', 'animate', 'column_names', 'plot_marginals', 'plot_pairs', 'run_figures']
 
 # %% ../../nbs/explore/50_plots.ipynb #2197ff46
 import io
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..derivation.elbo import log_terms
 from ..derivation.figures import COLORS, STYLE, curves, image_grid, new_figure, points
+from ..derivation.hierarchies import ChainDistribution
 from ..derivation.importance import effective_sample_size
 from ..evaluation.estimates import bound_by_k, per_example
 from ..model.vae import VAE
@@ -326,6 +327,41 @@ def _label_grid(fig: Figure, dims: Sequence[int], extent: float) -> None:
         ylabel=ylabel,
     )
     fig.set_size_inches(5.0, 5.0 * height / width + 0.4)
+
+# %% ../../nbs/explore/50_plots.ipynb #f3730413
+def plot_layer_samples(model: VAE, n: int = 10, condition: Tensor | None = None) -> Figure:
+    """Draw, for each layer of latent variables, n means of p(x|z) in which that layer is drawn anew (equation 13.1).
+
+    Args:
+        model: with a hierarchical prior.
+        n: pictures in a row.
+        condition: (1, n_condition), the same for all, for a model that has one.
+
+    Returns:
+        The figure, a row for each layer, the uppermost first; the layers above are the same along a row, and in all rows.
+
+    Raises:
+        ValueError: the model has one layer of latent variables.
+    """
+    args = model.condition_args(condition, n)
+    with torch.no_grad():
+        prior = model.prior(*args)
+        if not isinstance(prior, ChainDistribution):
+            raise ValueError(
+                "a model with one layer of latent variables has no layers to draw one by one: plot_samples "
+                "draws its samples; several layers come with prior='hierarchical'"
+            )
+        one = prior.sample() if prior.batch_shape else prior.sample((n,))
+        z = one[:1].expand(n, -1)
+        layers = range(len(prior.dims) - 1, -1, -1)
+        rows = [model.decode(prior.redraw(z, layer), *args) for layer in layers]
+    names = ", ".join(f"z{layer + 1}" for layer in layers)
+    return image_grid(
+        to_pictures(torch.cat(rows)),
+        ncol=n,
+        vmax=max_pixel_value(model),
+        title=f"Drawn anew, row by row: {names}",
+    )
 
 # %% ../../nbs/explore/50_plots.ipynb #f3f2d190
 def plot_rate_distortion(
