@@ -4,7 +4,7 @@
     tools/mutate.py --only checks,elbo.log_terms   some modules or functions; prints the report, writes nothing
     tools/mutate.py --list                         the mutants, without running any
 
-The functions are those of the exported cells of NOTEBOOKS: the derivation (00 to 09, 12), and of the library the
+The functions are those of the exported cells of NOTEBOOKS: the derivation (00 to 09, 12, 13), and of the library the
 likelihoods (20), flows (21), posteriors (22), priors (23), objectives (27) and the evaluation (35 to 38). A mutant is one of them with one change:
 
     sign flip         a + b ↔ a - b; += ↔ -=; -a → a; not a → a; < ↔ >=, > ↔ <=, == ↔ !=, is ↔ is not, in ↔ not in
@@ -64,6 +64,7 @@ PACKAGE = "vae_nb"
 NOTEBOOKS = (
     "derivation/0*",
     "derivation/12*",
+    "derivation/13*",
     "model/20*",
     "model/21*",
     "model/22*",
