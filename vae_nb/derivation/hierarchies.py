@@ -9,14 +9,13 @@ __all__ = ['ChainDistribution', 'LinearStep', 'LinearGaussianChain', 'merge_norm
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, MultivariateNormal, constraints
 
 from .densities import DiagonalNormal
-from .elbo import sample_and_log_prob
 from .gradients import detached
 
 # %% ../../nbs/derivation/13_hierarchies.ipynb #2ecbbbc8
@@ -289,7 +288,7 @@ class LinearGaussianChain:
         start = order[0]
         first = MultivariateNormal(means[start], blocks[start][start])
         steps = []
-        for before, layer in zip(order[:-1], order[1:], strict=True):
+        for before, layer in pairwise(order):
             # regression of a layer on the one before; covariances are the same for all data points
             weight = torch.linalg.solve(blocks[before][before], blocks[before][layer])[0].mT
             bias = means[layer] - means[before] @ weight.mT

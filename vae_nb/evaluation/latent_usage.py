@@ -216,14 +216,15 @@ def kl_by_layer(
     """
     x, condition = validate_inputs(model, x, condition, names=("posterior", "prior"))
     latent_model = cast(LatentModel, model)
-    total: Tensor | float = 0.0
+    sums = []
     with evaluation_mode(model, seed):
         for batch, *condition_args in iter_batches(model, x, condition):
             q = latent_model.posterior(batch, *condition_args)
             p = latent_model.prior(*condition_args)
-            is_layered = isinstance(q, ChainDistribution) and isinstance(p, ChainDistribution)
-            if not (is_layered and q.top_down):
+            if not (isinstance(q, ChainDistribution) and isinstance(p, ChainDistribution)):
                 return None
-            z = q.sample((LAYER_SAMPLES,))
-            total = total + rate_by_layer(q, p, z).double().sum(1).cpu()
-    return (torch.as_tensor(total) / len(x)).tolist()
+            if not q.top_down:
+                return None
+            z = q.sample(torch.Size((LAYER_SAMPLES,)))
+            sums.append(rate_by_layer(q, p, z).double().sum(1).cpu())
+    return (torch.stack(sums).sum(0) / len(x)).tolist()

@@ -162,12 +162,13 @@ def _validate_config(config: dict[str, Any]) -> None:
     _validate_parts(config)
     _validate_names(config)
     _validate_layers(config)
-    known_to_model = ("network", "latent_dim", "layers", "steps", "prior_steps")
-    _validate_options("posterior", posterior_class, config["posterior_options"], known_to_model)
-    known_to_model = ("latent_dim", "n_condition", "posterior", "transform")
-    _validate_options("prior", prior_class, top_options, known_to_model)
+    posterior_options = config["posterior_options"]
+    _validate_options("posterior", posterior_class, posterior_options, _KNOWN_OF_POSTERIOR)
+    _validate_options("prior", prior_class, top_options, _KNOWN_OF_PRIOR)
 
 
+_KNOWN_OF_POSTERIOR = ("network", "latent_dim", "layers", "steps", "prior_steps")
+_KNOWN_OF_PRIOR = ("latent_dim", "n_condition", "posterior", "transform")
 _KNOWN_OF_LIKELIHOOD = ("network", "shape", "total", "location", "scale", "parts")
 
 

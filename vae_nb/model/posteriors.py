@@ -322,13 +322,19 @@ class LadderPosterior(Posterior):
 
     def messages(self, params: Tensor) -> list[DiagonalNormal]:
         """What the data points say about each layer, the lowest first, of the network's (n, 2 d_1 + features)."""
-        messages = []
-        for i, d in enumerate(self.layers):
-            if i > 0:
-                params = promote_to_float32(self.steps[i - 1](nn.functional.silu(features)))
-            mean, log_std, features = params.tensor_split([d, 2 * d], dim=-1)
-            messages.append(DiagonalNormal(mean, self.scale_transform(log_std)))
+        lowest, *upper = self.layers
+        message, features = self._split(params, lowest)
+        messages = [message]
+        for step, d in zip(self.steps, upper, strict=True):
+            params = promote_to_float32(step(nn.functional.silu(features)))
+            message, features = self._split(params, d)
+            messages.append(message)
         return messages
+
+    def _split(self, params: Tensor, d: int) -> tuple[DiagonalNormal, Tensor]:
+        """The message about a layer of size d, and the features for the next, of a network's numbers."""
+        mean, log_std, features = params.tensor_split([d, 2 * d], dim=-1)
+        return DiagonalNormal(mean, self.scale_transform(log_std)), features
 
     def distribution(self, params: Tensor) -> ChainDistribution:
         """Make the chain with these parameters, (n, 2 d_1 + features)."""

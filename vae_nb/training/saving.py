@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FunctionType
@@ -105,7 +106,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-PARTS_BY_NAME: dict[str, dict[str, Any]] = {
+PARTS_BY_NAME: dict[str, Mapping[str, Any]] = {
     "likelihood": LIKELIHOODS,
     "posterior": ALL_POSTERIORS,
     "prior": ALL_PRIORS,
