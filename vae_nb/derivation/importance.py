@@ -46,7 +46,7 @@ def miwae(log_w: Tensor, groups: int) -> Tensor:
         raise ValueError(f"groups divide the samples evenly: got {groups} groups for k = {k}")
     return log_mean_exp(log_w.unflatten(0, (groups, k // groups)), dim=1).mean(0)
 
-
+# %% ../../nbs/derivation/06_importance.ipynb #85b3a27f
 def ciwae(log_w: Tensor, beta: float = 0.5) -> Tensor:
     """Estimate a mean of the ELBO and the k-sample bound (CIWAE, Rainforth et al. 2018; equation 6.14).
 
