@@ -150,7 +150,7 @@ def _class_names(labels: Any, y: np.ndarray) -> np.ndarray:
         if np.abs(y).max() >= limit:
             raise ValueError(
                 f"classes are told apart below {limit:.0f} in labels of their dtype, and among them "
-                f"is {y[np.abs(y).argmax()]}: give whole numbers of type int64, or words"
+                f"is {y[int(np.argmax(np.abs(y)))]}: give whole numbers of type int64, or words"
             )
         return y.astype(np.int64).astype(str)
     values = y.tolist()
