@@ -332,7 +332,7 @@ def load_run_data(run: str | Path, data_path: str | Path | None = None) -> Data:
     """
     config = read_config(run)
     source = config.get("data")
-    if not isinstance(source, dict) or source.keys() - {"n_valid"} != DATA_KEYS:
+    if not isinstance(source, dict) or source.keys() - {"n_valid", "likelihoods"} != DATA_KEYS:
         raise ValueError(
             f"config.json in {str(run)!r} does not specify on which data it was trained: "
             "use load and load_data"
