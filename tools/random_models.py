@@ -51,7 +51,7 @@ REPORT = mutate.ROOT / "tools" / "random_models.md"
 REASONS = mutate.ROOT / "tools" / "random_models_reasons.json"
 VERBS = ("check_eq", "check_ge", "check_mc")
 KINDS = {
-    "program": "tests the program (and says so)",
+    "program": "tests the program",
     "no model": "does not involve the model",
     "replace": "to be replaced",
 }
